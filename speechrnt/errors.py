@@ -1,0 +1,55 @@
+"""The exceptions of speechrnt.
+
+Everything the package raises about its input, its models or its state derives from
+`SpeechRNTError`, and also from the built-in class a caller would expect, so that both
+``except SpeechRNTError`` and ``except FileNotFoundError`` read naturally. Each message names
+what was wrong and what would be right.
+"""
+
+__all__ = [
+    "AudioError",
+    "AudioFileError",
+    "AudioNotFoundError",
+    "InvalidAudioError",
+    "ModelError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "OptionError",
+    "SpeechRNTError",
+]
+
+
+class SpeechRNTError(Exception):
+    """Base class of every exception that speechrnt raises on purpose."""
+
+
+class AudioError(SpeechRNTError, ValueError):
+    """Audio that cannot be used; the subclasses say where it came from."""
+
+
+class AudioNotFoundError(AudioError, FileNotFoundError):
+    """The audio file does not exist."""
+
+
+class AudioFileError(AudioError):
+    """The audio file exists but holds nothing that can be decoded."""
+
+
+class InvalidAudioError(AudioError):
+    """Samples in memory of the wrong type, shape, rate or value."""
+
+
+class ModelError(SpeechRNTError):
+    """A model that cannot be used."""
+
+
+class ModelNotFoundError(ModelError, ValueError):
+    """No model of that name or at that place, or no way to fetch it."""
+
+
+class ModelLoadError(ModelError, RuntimeError):
+    """The model directory exists but cannot be loaded."""
+
+
+class OptionError(SpeechRNTError, ValueError):
+    """An option whose value is unknown or out of range."""
