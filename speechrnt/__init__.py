@@ -1,0 +1,44 @@
+"""Low-latency speech-to-text: Whisper on CTranslate2 with a Cython core."""
+
+from ._version import __version__
+from .audio import Audio, decode_audio, load_audio
+from .errors import (
+    AudioError,
+    AudioFileError,
+    AudioNotFoundError,
+    InvalidAudioError,
+    ModelError,
+    ModelLoadError,
+    ModelNotFoundError,
+    OptionError,
+    SpeechRNTError,
+)
+from .formats import format_timestamp
+from .models import available_models, download_model, load_model
+from .results import Segment, TranscriptionInfo, TranscriptionOptions, Word
+from .transcribe import WhisperModel
+
+__all__ = [
+    "Audio",
+    "AudioError",
+    "AudioFileError",
+    "AudioNotFoundError",
+    "InvalidAudioError",
+    "ModelError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "OptionError",
+    "Segment",
+    "SpeechRNTError",
+    "TranscriptionInfo",
+    "TranscriptionOptions",
+    "WhisperModel",
+    "Word",
+    "__version__",
+    "available_models",
+    "decode_audio",
+    "download_model",
+    "format_timestamp",
+    "load_audio",
+    "load_model",
+]

@@ -1,0 +1,230 @@
+"""Log-mel features cut into the windows that the encoder takes.
+
+Two ways, one interface (`Windows`): `FullContextWindows` is Whisper's own, every window 30 s long
+whatever the audio; `ReducedContextWindows` gives the encoder only the audio and a margin.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _mel
+from .audio import SAMPLE_RATE
+
+__all__ = [
+    "FRAMES_PER_SECOND",
+    "WINDOW_FRAMES",
+    "FeatureExtractor",
+    "FullContextWindows",
+    "ReducedContextWindows",
+    "Window",
+    "Windows",
+]
+
+N_FFT = 400
+HOP_LENGTH = 160
+FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH
+WINDOW_SECONDS = 30
+WINDOW_FRAMES = WINDOW_SECONDS * FRAMES_PER_SECOND
+"""Mel frames that Whisper's encoder was made for."""
+
+# Reduced contexts come in steps of half a second, so that few distinct shapes occur.
+_CONTEXT_STEP_FRAMES = 50
+
+# A window that has to end before the audio does ends at the quietest place of this many of its
+# last frames, judged over the neighbourhood of a short pause.
+_CUT_SEARCH_FRAMES = 3 * FRAMES_PER_SECOND
+_CUT_SMOOTHING_FRAMES = 15
+
+_LOG10_SILENCE = np.float32(-10.0)
+
+
+class FeatureExtractor:
+    """Whisper's log-mel spectrogram, callable as in other Whisper packages.
+
+    Parameters
+    ----------
+    feature_size
+        Number of mel bands: 80 or 128.
+
+    Attributes
+    ----------
+    sampling_rate, n_fft, hop_length : int
+        Samples per second; samples per transform; samples from one frame to the next.
+    chunk_length, n_samples, nb_max_frames : int
+        Length of the encoder's window in seconds, samples and frames.
+    time_per_frame : float
+        Seconds from one frame to the next.
+    """
+
+    sampling_rate = SAMPLE_RATE
+    n_fft = N_FFT
+    hop_length = HOP_LENGTH
+    chunk_length = WINDOW_SECONDS
+    n_samples = WINDOW_SECONDS * SAMPLE_RATE
+    nb_max_frames = WINDOW_FRAMES
+    time_per_frame = HOP_LENGTH / SAMPLE_RATE
+
+    def __init__(self, feature_size: int = 80) -> None:
+        self.feature_size = feature_size
+
+    def __call__(self, waveform: ArrayLike) -> NDArray[np.float32]:
+        """Return the normalised log-mel spectrogram of a whole signal.
+
+        Parameters
+        ----------
+        waveform : (n,) array
+            Mono samples at `sampling_rate`.
+
+        Returns
+        -------
+        (feature_size, n // hop_length + 1) ndarray of float32
+        """
+        return _mel.log_mel(np.asarray(waveform, dtype=np.float32), self.feature_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A stretch of audio, as the encoder will see it.
+
+    Attributes
+    ----------
+    seek, frames
+        Where its audio starts and how long it is, in mel frames.
+    features : (1, n_mels, context) ndarray of float32
+        What the encoder is given; ``context >= frames``, the rest is padding.
+    """
+
+    seek: int
+    frames: int
+    features: NDArray[np.float32]
+
+    @property
+    def start(self) -> float:
+        """Seconds from the start of the audio."""
+        return self.seek * FeatureExtractor.time_per_frame
+
+    @property
+    def duration(self) -> float:
+        """Seconds of audio in the window."""
+        return self.frames * FeatureExtractor.time_per_frame
+
+
+class Windows(ABC):
+    """The windows of one recording; each starts where the caller says.
+
+    Attributes
+    ----------
+    content_frames
+        Mel frames of the recording.
+    """
+
+    content_frames: int
+
+    @abstractmethod
+    def at(self, seek: int) -> Window:
+        """Return the window that starts at frame `seek`."""
+
+    def full_context(self, window: Window) -> Window:
+        """Return the same audio with the encoder's full context."""
+        return window
+
+
+class FullContextWindows(Windows):
+    """Windows of 30 s, normalised by the maximum of the whole signal and padded with zeros.
+
+    This is faster-whisper's way, to the bit as far as the features are equal.
+
+    Parameters
+    ----------
+    samples : (n,) ndarray of float32
+        The recording, 16 kHz mono.
+    n_mels
+        Mel bands of the model.
+    """
+
+    def __init__(self, samples: NDArray[np.float32], n_mels: int) -> None:
+        self._features = _mel.log_mel(samples, n_mels)
+        # The last frame stands for less than a hop of audio and is never decoded.
+        self.content_frames = self._features.shape[1] - 1
+
+    def at(self, seek: int) -> Window:
+        """Return the window that starts at frame `seek`, `WINDOW_FRAMES` long with its padding."""
+        frames = min(WINDOW_FRAMES, self.content_frames - seek)
+        features = np.zeros((1, len(self._features), WINDOW_FRAMES), dtype=np.float32)
+        features[0, :, :frames] = self._features[:, seek : seek + frames]
+        return Window(seek, frames, features)
+
+
+class ReducedContextWindows(Windows):
+    """Windows as long as their audio, normalised by their own maximum and padded with silence.
+
+    Parameters
+    ----------
+    samples : (n,) ndarray of float32
+        The recording, 16 kHz mono.
+    n_mels
+        Mel bands of the model.
+    longest_s
+        Most seconds of audio in one window. Where the audio goes on, the window ends at its
+        quietest place near that length.
+    margin_s
+        Least silence after the audio, in seconds, as far as the encoder has room for it.
+    floor_s
+        Least context, in seconds.
+    """
+
+    def __init__(
+        self,
+        samples: NDArray[np.float32],
+        n_mels: int,
+        *,
+        longest_s: float,
+        margin_s: float,
+        floor_s: float = 0.0,
+    ) -> None:
+        self._log10_mel = _mel.log10_mel(samples, n_mels)
+        self.content_frames = self._log10_mel.shape[1] - 1
+        self._longest = round(longest_s * FRAMES_PER_SECOND)
+        self._margin = round(margin_s * FRAMES_PER_SECOND)
+        self._floor = round(floor_s * FRAMES_PER_SECOND)
+
+    def at(self, seek: int) -> Window:
+        """Return the window that starts at frame `seek`."""
+        frames = self.content_frames - seek
+        if frames > self._longest:
+            frames = self._quietest_cut(seek)
+        return self._window(seek, frames, self._context(frames))
+
+    def full_context(self, window: Window) -> Window:
+        """Return the same audio followed by silence up to `WINDOW_FRAMES`."""
+        return self._window(window.seek, window.frames, WINDOW_FRAMES)
+
+    def _context(self, frames: int) -> int:
+        wanted = max(frames + self._margin, self._floor, 1)
+        context = -(-wanted // _CONTEXT_STEP_FRAMES) * _CONTEXT_STEP_FRAMES
+        # CTranslate2 takes an input whose second dimension is not n_mels for an encoder output, and
+        # so would take an encoder output of n_mels frames for an input.
+        if -(-context // 2) == len(self._log10_mel):
+            context += _CONTEXT_STEP_FRAMES
+        return min(context, WINDOW_FRAMES)
+
+    def _quietest_cut(self, seek: int) -> int:
+        search = min(_CUT_SEARCH_FRAMES, self._longest // 2)
+        end = seek + self._longest
+        loudness = self._log10_mel[:, end - search : end].mean(axis=0)
+        kernel = np.full(_CUT_SMOOTHING_FRAMES, 1 / _CUT_SMOOTHING_FRAMES, dtype=np.float32)
+        smooth = np.convolve(loudness, kernel, mode="valid")
+        # The latest of equally quiet places: longer windows are fewer windows.
+        quietest = len(smooth) - 1 - int(np.argmin(smooth[::-1]))
+        return self._longest - search + quietest + _CUT_SMOOTHING_FRAMES // 2
+
+    def _window(self, seek: int, frames: int, context: int) -> Window:
+        features = np.full((1, len(self._log10_mel), context), _LOG10_SILENCE, dtype=np.float32)
+        features[0, :, :frames] = self._log10_mel[:, seek : seek + frames]
+        _mel.normalize(features[0], out=features[0])
+        return Window(seek, frames, features)

@@ -1,0 +1,495 @@
+"""Finding, fetching and loading Whisper models in CTranslate2's format."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ctranslate2
+import huggingface_hub
+import huggingface_hub.errors
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from .decoding import MAX_PROMPT_TOKENS
+from .errors import ModelLoadError, ModelNotFoundError, OptionError
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "Capabilities",
+    "Model",
+    "available_models",
+    "download_model",
+    "load_model",
+    "resolve_compute_type",
+    "resolve_device",
+]
+
+DEFAULT_MODEL = "pico"
+"""Name of the embedded model."""
+
+EMBEDDED_MODELS = {"pico": Path(__file__).parent / "assets" / "pico"}
+
+# Where the converted models of the standard names live on the hub (faster-whisper, utils.py, MIT).
+HUB_MODELS = {
+    "tiny.en": "Systran/faster-whisper-tiny.en",
+    "tiny": "Systran/faster-whisper-tiny",
+    "base.en": "Systran/faster-whisper-base.en",
+    "base": "Systran/faster-whisper-base",
+    "small.en": "Systran/faster-whisper-small.en",
+    "small": "Systran/faster-whisper-small",
+    "medium.en": "Systran/faster-whisper-medium.en",
+    "medium": "Systran/faster-whisper-medium",
+    "large-v1": "Systran/faster-whisper-large-v1",
+    "large-v2": "Systran/faster-whisper-large-v2",
+    "large-v3": "Systran/faster-whisper-large-v3",
+    "large": "Systran/faster-whisper-large-v3",
+    "distil-large-v2": "Systran/faster-distil-whisper-large-v2",
+    "distil-medium.en": "Systran/faster-distil-whisper-medium.en",
+    "distil-small.en": "Systran/faster-distil-whisper-small.en",
+    "distil-large-v3": "Systran/faster-distil-whisper-large-v3",
+    "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
+    "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
+    "turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
+}
+
+DEVICES = ("auto", "cpu", "cuda")
+
+# Preference of compute_type="auto": the fastest type that keeps the accuracy of the usual
+# conversions on that device.
+_AUTO_COMPUTE_TYPES = {
+    "cpu": ("int8_float32", "int8", "float32"),
+    "cuda": ("float16", "bfloat16", "float32"),
+}
+
+_MODEL_FILES = ("config.json", "model.bin", "vocabulary.*")
+_OPTIONAL_FILES = ("preprocessor_config.json", "speechrnt.json", "tokenizer.json")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a model says it was trained for, beyond what every Whisper model is.
+
+    Read from ``speechrnt.json`` in the model directory. A model without that file gets the
+    defaults: stock Whisper weights are only good with the 30 s they were trained on.
+
+    Attributes
+    ----------
+    variable_context
+        Whether the encoder was trained on input of any length up to 30 s.
+    max_window_s
+        Longest stretch of speech, in seconds, that the model handles well in one window.
+    margin_s
+        Seconds of silence the model expects after the audio when the context is reduced.
+    max_prompt_tokens
+        Most tokens of previous text the model handles well.
+    """
+
+    variable_context: bool = False
+    max_window_s: float = 30.0
+    margin_s: float = 0.0
+    max_prompt_tokens: int = MAX_PROMPT_TOKENS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.variable_context, bool):
+            raise ModelLoadError("speechrnt.json: variable_context must be true or false")
+        _check_range("max_window_s", self.max_window_s, 1, 30)
+        _check_range("margin_s", self.margin_s, 0, 30)
+        _check_range("max_prompt_tokens", self.max_prompt_tokens, 0, MAX_PROMPT_TOKENS)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Capabilities:
+        """Read the declaration; keys that are not capabilities are left to others.
+
+        Raises
+        ------
+        ModelLoadError
+            If it is not JSON, or a value is out of range.
+        """
+        try:
+            declared = json.loads(text)
+        except ValueError as error:
+            raise ModelLoadError(f"speechrnt.json: is not valid JSON: {error}") from error
+        if not isinstance(declared, dict):
+            raise ModelLoadError("speechrnt.json: must hold a JSON object")
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in declared.items() if key in known})
+
+
+def _check_range(name: str, value: object, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ModelLoadError(
+            f"speechrnt.json: {name} must be a number from {least} to {most}, not {value!r}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model; immutable, and safe to use from any number of threads.
+
+    Attributes
+    ----------
+    name
+        The name, hub id or path it was asked for by.
+    whisper
+        The CTranslate2 model.
+    tokenizer
+        Its vocabulary.
+    capabilities
+        What it was trained for.
+    """
+
+    name: str
+    whisper: ctranslate2.models.Whisper
+    tokenizer: Tokenizer
+    capabilities: Capabilities
+
+    @property
+    def n_mels(self) -> int:
+        """Number of mel bands the encoder takes: 80 or 128."""
+        return int(self.whisper.n_mels)
+
+    @property
+    def is_multilingual(self) -> bool:
+        """Whether the model knows more than English."""
+        return bool(self.whisper.is_multilingual)
+
+    def encode(self, features: NDArray[np.float32]) -> ctranslate2.StorageView:
+        """Run the encoder.
+
+        Parameters
+        ----------
+        features : (batch, n_mels, frames) ndarray of float32
+            C-contiguous; not to be changed before the call returns.
+
+        Returns
+        -------
+        (batch, (frames + 1) // 2, d_model) StorageView
+            On the model's device; on the CPU if the model is spread over several GPUs, since the
+            next call may run on any of them.
+        """
+        whisper = self.whisper
+        to_cpu = whisper.device == "cuda" and len(whisper.device_index) > 1
+        return whisper.encode(ctranslate2.StorageView.from_array(features), to_cpu=to_cpu)
+
+    def detect_language(self, encoding: ctranslate2.StorageView) -> list[tuple[str, float]]:
+        """Return code and probability of every language in one encoded window, best first."""
+        [probabilities] = self.whisper.detect_language(encoding)
+        return [(token[2:-2], probability) for token, probability in probabilities]
+
+    def generate(
+        self, encoding: ctranslate2.StorageView, prompts: list[list[int]], **options: Any
+    ) -> list[ctranslate2.models.WhisperGenerationResult]:
+        """Run the decoder; `options` are those of `ctranslate2.models.Whisper.generate`."""
+        results: list[ctranslate2.models.WhisperGenerationResult] = self.whisper.generate(
+            encoding, prompts, **options
+        )
+        return results
+
+
+def available_models() -> list[str]:
+    """Return the names that `load_model` knows, the embedded model first.
+
+    Besides these, any hub id (``"owner/name"``) and any local directory in CTranslate2's format can
+    be loaded.
+    """
+    return [*EMBEDDED_MODELS, *HUB_MODELS]
+
+
+def load_model(
+    model: str | PathLike[str] = DEFAULT_MODEL,
+    device: str = "auto",
+    compute_type: str = "default",
+    *,
+    device_index: int | list[int] = 0,
+    cpu_threads: int = 0,
+    num_workers: int = 1,
+    download_root: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+    files: Mapping[str, bytes | BinaryIO] | None = None,
+    revision: str | None = None,
+    use_auth_token: str | bool | None = None,
+    **model_kwargs: Any,
+) -> Model:
+    """Load a Whisper model.
+
+    Parameters
+    ----------
+    model
+        A name from `available_models`, a directory in CTranslate2's format, or a hub id
+        (``"owner/name"``). Names other than the embedded model's are downloaded once and then come
+        from the cache.
+    device
+        ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA if CTranslate2 sees a device.
+    compute_type
+        ``"default"`` keeps the type the model was saved in, as far as the device supports it;
+        ``"auto"`` takes the fastest one with the usual accuracy (see `resolve_compute_type`);
+        or one of CTranslate2's types by name.
+    device_index
+        Which GPU, or a list of GPUs to hold a copy each.
+    cpu_threads
+        Threads per worker on the CPU; 0 means CTranslate2's choice (``OMP_NUM_THREADS``, or four at
+        most).
+    num_workers
+        Calls that may run at the same time.
+    download_root
+        Where to cache downloads, instead of the hub's standard cache.
+    local_files_only
+        Never use the network.
+    files
+        The model's files in memory, by name; `model` is then only a name for it.
+    revision
+        Branch, tag or commit of the hub repository.
+    use_auth_token
+        Token for the hub, or True for the one stored by its login command.
+    **model_kwargs
+        Passed on to `ctranslate2.models.Whisper`.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If the name is unknown, the directory does not exist, or the download failed.
+    ModelLoadError
+        If the directory is not a Whisper model that can be loaded.
+    OptionError
+        If the device or the compute type is unknown or not supported here.
+    """
+    device = resolve_device(device)
+    name = fspath(model)
+    if files is not None:
+        contents = {key: _read(value) for key, value in files.items()}
+        directory = None
+    else:
+        contents = {}
+        directory = _find(
+            model,
+            cache_dir=download_root,
+            local_files_only=local_files_only,
+            revision=revision,
+            use_auth_token=use_auth_token,
+        )
+        _check_complete(directory)
+
+    index = device_index if isinstance(device_index, int) else device_index[0]
+    try:
+        whisper = ctranslate2.models.Whisper(
+            name if directory is None else str(directory),
+            device=device,
+            device_index=device_index,
+            compute_type=resolve_compute_type(compute_type, device, index),
+            intra_threads=cpu_threads,
+            inter_threads=num_workers,
+            files={**contents} if directory is None else None,
+            **model_kwargs,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ModelLoadError(
+            f"{name}: CTranslate2 cannot load this as a Whisper model: {error}"
+        ) from error
+    if whisper.n_mels not in (80, 128):
+        raise ModelLoadError(f"{name}: the model takes {whisper.n_mels} mel bands, not 80 or 128")
+
+    def read(filename: str) -> bytes | None:
+        if directory is None:
+            return contents.get(filename)
+        path = directory / filename
+        return path.read_bytes() if path.is_file() else None
+
+    declaration = read("speechrnt.json")
+    return Model(
+        name=name,
+        whisper=whisper,
+        tokenizer=_load_tokenizer(name, read("tokenizer.json"), bool(whisper.is_multilingual)),
+        capabilities=Capabilities.from_json(declaration) if declaration else Capabilities(),
+    )
+
+
+def download_model(
+    size_or_id: str,
+    output_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | PathLike[str] | None = None,
+    revision: str | None = None,
+    use_auth_token: str | bool | None = None,
+) -> str:
+    """Fetch a converted model from the hub and return its directory.
+
+    Parameters
+    ----------
+    size_or_id
+        A name from `available_models` or a hub id. The embedded model is never downloaded: its
+        directory in the package is returned.
+    output_dir
+        Put the files here instead of into the cache.
+    local_files_only
+        Only look into the cache.
+    cache_dir, revision, use_auth_token
+        As in `load_model`.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If the name is unknown, or the files are neither in the cache nor to be had.
+    """
+    if size_or_id in EMBEDDED_MODELS:
+        return str(EMBEDDED_MODELS[size_or_id])
+    repository = HUB_MODELS.get(size_or_id, size_or_id)
+    if not _HUB_ID.fullmatch(repository):
+        raise ModelNotFoundError(
+            f"{size_or_id}: no model of this name and no such directory; use one of "
+            f"{', '.join(available_models())}, a hub id like 'owner/name', or the path of a "
+            "directory in CTranslate2's format"
+        )
+    arguments: dict[str, Any] = {}
+    if output_dir is not None:
+        arguments["local_dir"] = fspath(output_dir)
+    if cache_dir is not None:
+        arguments["cache_dir"] = fspath(cache_dir)
+    if use_auth_token is not None:
+        arguments["token"] = use_auth_token
+    try:
+        return huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=[*_MODEL_FILES, *_OPTIONAL_FILES],
+            **arguments,
+        )
+    # The hub client reports failures as its own errors, as OSError, and as those of its transport,
+    # which differs between its versions.
+    except Exception as error:
+        raise ModelNotFoundError(_download_advice(size_or_id, repository, error)) from error
+
+
+def resolve_device(device: str) -> str:
+    """Return ``"cpu"`` or ``"cuda"`` for a requested device.
+
+    Raises
+    ------
+    OptionError
+        If the device is unknown, or CUDA is asked for and CTranslate2 sees no device.
+    """
+    if device not in DEVICES:
+        raise OptionError(f"device: {device!r} is unknown; use one of {', '.join(DEVICES)}")
+    gpus = ctranslate2.get_cuda_device_count()
+    if device == "cuda" and not gpus:
+        raise OptionError("device: CTranslate2 sees no CUDA device; use 'cpu' or 'auto'")
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    return device
+
+
+def resolve_compute_type(compute_type: str, device: str, device_index: int = 0) -> str:
+    """Return the compute type to load with.
+
+    Parameters
+    ----------
+    compute_type
+        ``"default"`` is passed on; ``"auto"`` becomes the first supported one of float16, bfloat16
+        and float32 on CUDA, of int8 and float32 on the CPU; any other is checked against what
+        CTranslate2 supports on the device.
+    device
+        ``"cpu"`` or ``"cuda"``.
+    device_index
+        Which GPU.
+
+    Raises
+    ------
+    OptionError
+        If the type is not supported on the device.
+    """
+    if compute_type == "default":
+        return compute_type
+    supported = ctranslate2.get_supported_compute_types(device, device_index)
+    if compute_type == "auto":
+        return next(kind for kind in _AUTO_COMPUTE_TYPES[device] if kind in supported)
+    if compute_type not in supported:
+        raise OptionError(
+            f"compute_type: {compute_type!r} is not supported on {device}; use one of "
+            f"default, auto, {', '.join(sorted(supported))}"
+        )
+    return compute_type
+
+
+def _find(model: str | PathLike[str], **hub_arguments: Any) -> Path:
+    """Return the directory of a model, fetching it if it is a name on the hub."""
+    name = fspath(model)
+    if name in EMBEDDED_MODELS and isinstance(model, str):
+        return EMBEDDED_MODELS[name]
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise ModelNotFoundError(
+            f"{name}: is a file; give the directory that holds config.json and model.bin"
+        )
+    if not isinstance(model, str) or (name not in HUB_MODELS and _looks_like_path(name)):
+        raise ModelNotFoundError(
+            f"{name}: no such directory; give the directory that holds config.json and model.bin, "
+            f"or one of the names {', '.join(available_models())}"
+        )
+    return Path(download_model(name, **hub_arguments))
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _check_complete(directory: Path) -> None:
+    missing = [pattern for pattern in _MODEL_FILES if not any(directory.glob(pattern))]
+    if missing:
+        raise ModelLoadError(
+            f"{directory}: not a Whisper model in CTranslate2's format: {', '.join(missing)} "
+            "missing; convert one with ct2-transformers-converter, and copy its tokenizer.json and "
+            "preprocessor_config.json along"
+        )
+
+
+def _read(content: bytes | BinaryIO) -> bytes:
+    return content if isinstance(content, bytes) else content.read()
+
+
+def _load_tokenizer(name: str, content: bytes | None, multilingual: bool) -> Tokenizer:
+    # The bindings of `tokenizers` raise bare Exceptions.
+    if content is not None:
+        try:
+            loaded = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:
+            raise ModelLoadError(f"{name}: tokenizer.json cannot be read: {error}") from error
+    else:
+        # Converted models without a tokenizer use OpenAI's.
+        original = "openai/whisper-tiny" if multilingual else "openai/whisper-tiny.en"
+        try:
+            loaded = tokenizers.Tokenizer.from_pretrained(original)
+        except Exception as error:
+            raise ModelLoadError(
+                f"{name}: has no tokenizer.json, and OpenAI's cannot be fetched from {original} "
+                f"({error}); copy the tokenizer.json of the original model into the directory"
+            ) from error
+    return Tokenizer(loaded, multilingual)
+
+
+def _download_advice(name: str, repository: str, error: Exception) -> str:
+    if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
+        return (
+            f"{name}: the hub has no public model {repository!r}; check the spelling, or pass "
+            "use_auth_token for a private one"
+        )
+    if isinstance(error, huggingface_hub.errors.RevisionNotFoundError):
+        return f"{name}: {repository} has no such revision on the hub"
+    reason = str(error).strip().splitlines()
+    return (
+        f"{name}: not in the cache, and cannot be fetched from the hub "
+        f"({type(error).__name__}: {reason[0] if reason else 'no details'}). To use it without a "
+        f"network, run `hf download {repository} --local-dir DIR` on a machine that has one, "
+        "copy DIR here, and give its path as the model; the embedded model 'pico' needs nothing"
+    )

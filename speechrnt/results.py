@@ -1,0 +1,156 @@
+"""What a transcription is asked for and what comes out of it, as faster-whisper names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from .errors import OptionError
+
+__all__ = ["Segment", "TranscriptionInfo", "TranscriptionOptions", "Word"]
+
+
+@dataclass
+class Word:
+    """A word and when it was said, in seconds."""
+
+    start: float
+    end: float
+    word: str
+    probability: float
+
+
+@dataclass
+class Segment:
+    """A stretch of transcript.
+
+    Attributes
+    ----------
+    id
+        Number of the segment, from 1.
+    seek
+        Start of the window it was decoded in, in mel frames (100 per second).
+    start, end
+        Seconds from the start of the audio.
+    text
+        The text, with its leading space.
+    tokens
+        The ids, with timestamps.
+    avg_logprob, compression_ratio, no_speech_prob, temperature
+        Of the window; see `DecodingResult`.
+    words
+        None.
+    """
+
+    id: int
+    seek: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: list[Word] | None
+    temperature: float | None
+
+
+@dataclass(frozen=True)
+class TranscriptionOptions:
+    """The options a transcription runs with; see `WhisperModel.transcribe`.
+
+    Raises
+    ------
+    OptionError
+        If a value is out of range.
+    """
+
+    beam_size: int
+    best_of: int
+    patience: float
+    length_penalty: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    log_prob_threshold: float | None
+    no_speech_threshold: float | None
+    compression_ratio_threshold: float | None
+    condition_on_previous_text: bool
+    prompt_reset_on_temperature: float
+    temperatures: Sequence[float]
+    initial_prompt: str | Sequence[int] | None
+    prefix: str | None
+    suppress_blank: bool
+    suppress_tokens: Sequence[int]
+    without_timestamps: bool
+    max_initial_timestamp: float
+    word_timestamps: bool
+    prepend_punctuations: str
+    append_punctuations: str
+    multilingual: bool
+    max_new_tokens: int | None
+    clip_timestamps: str | list[float]
+    hallucination_silence_threshold: float | None
+    hotwords: str | None
+
+    def __post_init__(self) -> None:
+        self._check(Integral, 1, "beam_size", "best_of")
+        self._check(Integral, 0, "no_repeat_ngram_size")
+        self._check(Real, 0, "prompt_reset_on_temperature", "max_initial_timestamp")
+        self._check(Real, None, "length_penalty")
+        for name in ("patience", "repetition_penalty"):
+            self._check(Real, 0, name)
+            if getattr(self, name) == 0:
+                raise OptionError(f"{name}: must be more than 0")
+        for name in ("log_prob_threshold", "no_speech_threshold", "compression_ratio_threshold"):
+            if getattr(self, name) is not None:
+                self._check(Real, None, name)
+        if not self.temperatures:
+            raise OptionError("temperature: give at least one")
+        for temperature in self.temperatures:
+            _check_number("temperature", temperature, Real, 0)
+
+    def _check(self, kind: type, least: float | None, *names: str) -> None:
+        for name in names:
+            _check_number(name, getattr(self, name), kind, least)
+
+
+def _check_number(name: str, value: object, kind: type, least: float | None) -> None:
+    good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
+    if not good or (least is not None and value < least):  # type: ignore[operator]
+        what = "an integer" if kind is Integral else "a finite number"
+        bound = "" if least is None else f" of at least {least}"
+        raise OptionError(f"{name}: must be {what}{bound}, not {value!r}")
+
+
+@dataclass
+class TranscriptionInfo:
+    """What is known about a transcription before its first segment.
+
+    Attributes
+    ----------
+    language, language_probability
+        The language given (probability 1) or detected.
+    duration, duration_after_vad
+        Seconds of audio, before and after voice activity detection.
+    all_language_probs
+        Code and probability of every language, best first; None if nothing was detected.
+    transcription_options
+        The options in effect.
+    vad_options
+        None.
+    warnings
+        What was wrong with the input without making it unusable: a truncated file, an option that
+        the model has no use for.
+    """
+
+    language: str
+    language_probability: float
+    duration: float
+    duration_after_vad: float
+    all_language_probs: list[tuple[str, float]] | None
+    transcription_options: TranscriptionOptions
+    vad_options: Any
+    warnings: tuple[str, ...] = ()
