@@ -44,7 +44,12 @@ _LOG10_SILENCE = np.float32(-10.0)
 
 
 class FeatureExtractor:
-    """Whisper's log-mel spectrogram, callable as in other Whisper packages.
+    """Whisper's log-mel spectrogram with faster-whisper's arithmetic.
+
+    The same NumPy operations in the same order, so that the features are equal to the last bit on
+    any machine. `_mel.log_mel` differs in the last bits and is many times as fast; but a quantised
+    model on audio it is unsure of turns such differences into other tokens, and the drop-in path
+    promises the same ones.
 
     Parameters
     ----------
@@ -59,6 +64,8 @@ class FeatureExtractor:
         Length of the encoder's window in seconds, samples and frames.
     time_per_frame : float
         Seconds from one frame to the next.
+    mel_filters : (feature_size, n_fft // 2 + 1) ndarray of float32
+        The weights of the bands.
     """
 
     sampling_rate = SAMPLE_RATE
@@ -71,6 +78,7 @@ class FeatureExtractor:
 
     def __init__(self, feature_size: int = 80) -> None:
         self.feature_size = feature_size
+        self.mel_filters = _mel.mel_filters(feature_size)
 
     def __call__(self, waveform: ArrayLike) -> NDArray[np.float32]:
         """Return the normalised log-mel spectrogram of a whole signal.
@@ -84,7 +92,22 @@ class FeatureExtractor:
         -------
         (feature_size, n // hop_length + 1) ndarray of float32
         """
-        return _mel.log_mel(np.asarray(waveform, dtype=np.float32), self.feature_size)
+        samples = np.pad(np.asarray(waveform, dtype=np.float32), (0, HOP_LENGTH))
+        padded = np.pad(samples, N_FFT // 2, mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH][:-1]
+        window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
+        log_mel = np.empty((self.feature_size, len(frames)), dtype=np.float32)
+        # In blocks: the intermediate arrays of an hour at once would take gigabytes.
+        blocks = max(len(frames) // WINDOW_FRAMES, 1)
+        for i in range(blocks):
+            end = (i + 1) * WINDOW_FRAMES if i + 1 < blocks else len(frames)
+            block = slice(i * WINDOW_FRAMES, end)
+            power = np.abs(np.fft.rfft(frames[block] * window)) ** 2
+            log_mel[:, block] = np.log10(np.maximum(self.mel_filters @ power.T, 1e-10))
+        np.maximum(log_mel, log_mel.max() - np.float32(8), out=log_mel)
+        log_mel += np.float32(4)
+        log_mel /= np.float32(4)
+        return log_mel
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,18 +160,16 @@ class Windows(ABC):
 class FullContextWindows(Windows):
     """Windows of 30 s, normalised by the maximum of the whole signal and padded with zeros.
 
-    This is faster-whisper's way, to the bit as far as the features are equal.
+    This is faster-whisper's way, to the last bit.
 
     Parameters
     ----------
-    samples : (n,) ndarray of float32
-        The recording, 16 kHz mono.
-    n_mels
-        Mel bands of the model.
+    features : (n_mels, n // 160 + 1) ndarray of float32
+        The recording, from `FeatureExtractor`.
     """
 
-    def __init__(self, samples: NDArray[np.float32], n_mels: int) -> None:
-        self._features = _mel.log_mel(samples, n_mels)
+    def __init__(self, features: NDArray[np.float32]) -> None:
+        self._features = features
         # The last frame stands for less than a hop of audio and is never decoded.
         self.content_frames = self._features.shape[1] - 1
 

@@ -98,8 +98,8 @@ class TranscriptionOptions:
     def __post_init__(self) -> None:
         self._check(Integral, 1, "beam_size", "best_of")
         self._check(Integral, 0, "no_repeat_ngram_size")
-        self._check(Real, 0, "prompt_reset_on_temperature", "max_initial_timestamp")
-        self._check(Real, None, "length_penalty")
+        self._check(Real, 0, "max_initial_timestamp")
+        self._check(Real, None, "length_penalty", "prompt_reset_on_temperature")
         for name in ("patience", "repetition_penalty"):
             self._check(Real, 0, name)
             if getattr(self, name) == 0:

@@ -132,7 +132,7 @@ class Tokenizer:
             )
         return [self.sot, self._required(f"<|{language}|>"), self._required(f"<|{task}|>")]
 
-    def checked_ids(self, option: str, tokens: Iterable[int]) -> list[int]:
+    def checked_ids(self, option: str, tokens: object) -> list[int]:
         """Return `tokens` as a list of ids of this vocabulary.
 
         Raises
@@ -140,6 +140,8 @@ class Tokenizer:
         OptionError
             If one of them is not; the message names `option`.
         """
+        if not isinstance(tokens, Iterable):
+            raise OptionError(f"{option}: must be token ids, not {tokens!r}")
         size = self.vocabulary_size
         ids = []
         for token in tokens:
@@ -202,7 +204,7 @@ class Tokenizer:
         """
         if not tokens:
             return ()
-        wanted = set(self.checked_ids("suppress_tokens", (t for t in tokens if t != -1)))
+        wanted = set(self.checked_ids("suppress_tokens", [t for t in tokens if t != -1]))
         if -1 in tokens:
             wanted |= self.non_speech_tokens
         special = (

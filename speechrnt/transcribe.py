@@ -308,7 +308,7 @@ class WhisperModel:
         reduced = self._reduced_windows(source, audio_context)
         transcription = _Transcription(
             self._model,
-            reduced or FullContextWindows(source.samples, self._model.n_mels),
+            reduced or FullContextWindows(self.feature_extractor(source.samples)),
             options,
             task,
             reduced is not None,
@@ -435,8 +435,8 @@ class _Transcription:
                         or result.temperature > options.prompt_reset_on_temperature
                     ):
                         prompt_start = len(transcript)
-                    # A timestamp may lie in the padding, but nothing there is to be skipped.
-                    seek += min(advance, window.frames)
+                    # A timestamp may lie in the padding, or at the very beginning.
+                    seek += min(advance, window.frames) or window.frames
                 progress.update(min(seek, windows.content_frames) / FRAMES_PER_SECOND - progress.n)
 
     def _initial_prompt(self) -> list[int]:

@@ -1,0 +1,407 @@
+"""`WhisperModel`: its options, its errors, its laziness, its contexts, its threads."""
+
+import dataclasses
+import inspect
+import io
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import faster_whisper
+import jiwer
+import numpy as np
+import pytest
+
+import speechrnt
+from speechrnt import OptionError, WhisperModel
+from speechrnt.models import EMBEDDED_MODELS, Model
+
+RATE = 16000
+SILENCE = np.zeros(RATE, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return WhisperModel(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def undeclared(tmp_path_factory):
+    """The same weights in a directory that declares nothing, as stock models are."""
+    directory = tmp_path_factory.mktemp("undeclared")
+    for file in EMBEDDED_MODELS["pico"].iterdir():
+        if file.name != "speechrnt.json":
+            (directory / file.name).symlink_to(file)
+    return WhisperModel(directory, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clip(samples):
+    """English, 2.3 s: "Set the alarm for six ten."."""
+    return speechrnt.load_audio(samples / "s03_en.wav")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The encoder's and the decoder's work: frames of context, and prompts."""
+    made = {"encode": [], "generate": []}
+    encode, generate = Model.encode, Model.generate
+
+    def recorded_encode(self, features):
+        made["encode"].append(features.shape[2])
+        return encode(self, features)
+
+    def recorded_generate(self, encoding, prompts, **options):
+        made["generate"].append(prompts[0])
+        return generate(self, encoding, prompts, **options)
+
+    monkeypatch.setattr(Model, "encode", recorded_encode)
+    monkeypatch.setattr(Model, "generate", recorded_generate)
+    return made
+
+
+def text(model, audio, **options):
+    return "".join(segment.text for segment in model.transcribe(audio, **options)[0]).strip()
+
+
+def joined(samples, manifest, seconds, lang="en"):
+    """Clips of one language, half a second apart, and their text."""
+    pieces, words, length = [], [], 0
+    for clip in manifest:
+        if clip["lang"] == lang and length < seconds * RATE:
+            pieces += [speechrnt.decode_audio(samples / clip["file"]), SILENCE[: RATE // 2]]
+            words.append(clip["text"])
+            length += len(pieces[-2]) + len(pieces[-1])
+    return np.concatenate(pieces), " ".join(words)
+
+
+def plain(sentence):
+    return " ".join(re.findall(r"\w+", sentence.lower()))
+
+
+class TestInterface:
+    def parameters(self, function):
+        return inspect.signature(function).parameters
+
+    def test_the_arguments_of_transcribe_are_those_of_faster_whisper_and_one_more(self):
+        ours = self.parameters(WhisperModel.transcribe)
+        theirs = self.parameters(faster_whisper.WhisperModel.transcribe)
+        assert list(ours) == [*theirs, "audio_context"]
+        for name, parameter in theirs.items():
+            default = parameter.default
+            if isinstance(default, list):
+                default = tuple(default)
+            assert ours[name].default == default, name
+
+    def test_the_arguments_of_the_model_are_those_of_faster_whisper(self):
+        ours = self.parameters(WhisperModel)
+        theirs = self.parameters(faster_whisper.WhisperModel)
+        assert list(ours) == list(theirs)
+        for name in list(theirs)[1:]:
+            assert ours[name].default == theirs[name].default, name
+
+    @pytest.mark.parametrize("name", ["Segment", "Word", "TranscriptionOptions"])
+    def test_result_fields(self, name):
+        ours = [field.name for field in dataclasses.fields(getattr(speechrnt, name))]
+        theirs = getattr(faster_whisper.transcribe, name)
+        assert ours == [field.name for field in dataclasses.fields(theirs)]
+
+    def test_info_fields(self):
+        ours = [field.name for field in dataclasses.fields(speechrnt.TranscriptionInfo)]
+        theirs = dataclasses.fields(faster_whisper.transcribe.TranscriptionInfo)
+        assert ours == [*(field.name for field in theirs), "warnings"]
+
+    def test_attributes_that_others_use(self, model):
+        assert model.model.is_multilingual
+        assert model.supported_languages == ["de", "en", "es", "fr"]
+        assert model.feature_extractor.sampling_rate == RATE
+        assert model.hf_tokenizer.token_to_id("<|endoftext|>") == 768
+
+    def test_info_says_what_was_done(self, model, clip):
+        _, info = model.transcribe(clip, beam_size=2, temperature=0.0)
+        assert info.language == "en"
+        assert info.language_probability == info.all_language_probs[0][1] > 0.9
+        assert {code for code, _ in info.all_language_probs} == {"de", "en", "es", "fr"}
+        assert sum(probability for _, probability in info.all_language_probs) == pytest.approx(1)
+        assert info.duration == info.duration_after_vad == clip.duration
+        assert info.transcription_options.beam_size == 2
+        assert info.transcription_options.temperatures == [0.0]
+        assert info.warnings == ()
+
+    def test_info_with_the_language_given(self, model, clip):
+        _, info = model.transcribe(clip, language="en")
+        assert (info.language_probability, info.all_language_probs) == (1, None)
+
+
+class TestAudio:
+    def test_every_kind_gives_the_same_text(self, model, samples):
+        path = samples / "s03_en.wav"
+        array = speechrnt.decode_audio(path)
+        integers = (array * 32768).astype(np.int16)
+        kinds = [
+            path,
+            str(path),
+            path.open("rb"),
+            io.BytesIO(path.read_bytes()),
+            array,
+            integers,
+            integers.tobytes(),
+            speechrnt.Audio.from_array(integers),
+        ]
+        texts = {text(model, kind, language="en") for kind in kinds}
+        kinds[2].close()
+        assert texts == {"Set the alarm for six ten."}
+
+    def test_zero_length_is_an_empty_result(self, model):
+        segments, info = model.transcribe(np.zeros(0, dtype=np.float32))
+        assert list(segments) == []
+        assert info.duration == 0
+
+    def test_warnings_about_a_damaged_file_reach_info(self, model, samples, tmp_path):
+        damaged = tmp_path / "damaged.wav"
+        damaged.write_bytes((samples / "s03_en.wav").read_bytes()[:40_000])
+        _, info = model.transcribe(damaged, language="en")
+        [warning] = info.warnings
+        assert "damaged.wav" in warning
+
+    @pytest.mark.parametrize(
+        ("audio", "error"),
+        [
+            ("no/such/file.wav", speechrnt.AudioNotFoundError),
+            (np.array([0.0, np.nan], dtype=np.float32), speechrnt.InvalidAudioError),
+            (np.zeros((2, 2), dtype=np.float32), speechrnt.InvalidAudioError),
+            (None, speechrnt.InvalidAudioError),
+        ],
+    )
+    def test_bad_audio_leaves_the_model_usable(self, model, clip, audio, error):
+        with pytest.raises(error):
+            model.transcribe(audio)
+        assert text(model, clip)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("language", "zz"),
+            ("language", "EN"),
+            ("language", ""),
+            ("language", "zh"),
+            ("task", "summarize"),
+            ("task", None),
+            ("beam_size", 0),
+            ("beam_size", 2.5),
+            ("beam_size", True),
+            ("best_of", 0),
+            ("patience", 0),
+            ("patience", float("nan")),
+            ("length_penalty", float("inf")),
+            ("repetition_penalty", 0),
+            ("no_repeat_ngram_size", -1),
+            ("temperature", -0.1),
+            ("temperature", ()),
+            ("temperature", (0.0, "hot")),
+            ("temperature", None),
+            ("compression_ratio_threshold", "2.4"),
+            ("log_prob_threshold", float("nan")),
+            ("no_speech_threshold", "0.6"),
+            ("prompt_reset_on_temperature", None),
+            ("max_initial_timestamp", -1),
+            ("initial_prompt", [10_000]),
+            ("initial_prompt", [-1]),
+            ("initial_prompt", ["Hello"]),
+            ("initial_prompt", 7),
+            ("suppress_tokens", [10_000]),
+            ("suppress_tokens", [-2]),
+            ("suppress_tokens", ["x"]),
+            ("audio_context", "half"),
+            ("audio_context", 0),
+            ("audio_context", -1.0),
+            ("audio_context", 31),
+            ("audio_context", True),
+            ("audio_context", float("nan")),
+        ],
+    )
+    def test_bad_values_are_named(self, model, clip, option, value):
+        with pytest.raises(OptionError, match=option):
+            model.transcribe(clip, **{option: value})
+        assert text(model, clip)
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("prefix", "Set"),
+            ("word_timestamps", True),
+            ("prepend_punctuations", "("),
+            ("append_punctuations", ")"),
+            ("multilingual", True),
+            ("vad_filter", True),
+            ("vad_parameters", {"threshold": 0.5}),
+            ("max_new_tokens", 10),
+            ("chunk_length", 10),
+            ("clip_timestamps", "1,2"),
+            ("clip_timestamps", [1.0, 2.0]),
+            ("hallucination_silence_threshold", 1.0),
+            ("hotwords", "alarm"),
+            ("language_detection_segments", 2),
+        ],
+    )
+    def test_what_is_not_there_yet_is_refused(self, model, clip, option, value):
+        with pytest.raises(NotImplementedError, match=option):
+            model.transcribe(clip, **{option: value})
+
+    def test_arguments_are_not_changed(self, model, clip):
+        temperature, suppress_tokens, prompt = [0.0, 0.2], [-1, 5], [40, 50]
+        text(
+            model,
+            clip,
+            temperature=temperature,
+            suppress_tokens=suppress_tokens,
+            initial_prompt=prompt,
+        )
+        assert (temperature, suppress_tokens, prompt) == ([0.0, 0.2], [-1, 5], [40, 50])
+
+    def test_a_one_shot_iterable_serves_as_prompt(self, model, clip):
+        prompt = model.hf_tokenizer.encode(" Good morning.", add_special_tokens=False).ids
+        assert text(model, clip, initial_prompt=iter(prompt)) == "Set the alarm for six ten."
+
+    def test_numpy_numbers_will_do(self, model, clip):
+        options = {
+            "beam_size": np.int64(2),
+            "temperature": np.float32(0.0),
+            "patience": np.float64(1.0),
+        }
+        assert text(model, clip, **options) == "Set the alarm for six ten."
+
+    def test_translation(self, model, samples):
+        assert text(model, samples / "s02_de.wav", task="translate") == "Open the window."
+
+    def test_english_only_models_say_what_they_ignore(self, model, clip, monkeypatch):
+        monkeypatch.setattr(Model, "is_multilingual", property(lambda self: False))
+        _, info = model.transcribe(clip, language="de", task="translate")
+        assert info.language == "en"
+        assert [w.split("'")[1] for w in info.warnings] == ["de", "translate"]
+
+    def test_progress_is_shown_on_request(self, model, clip, capsys):
+        text(model, clip)
+        assert capsys.readouterr().err == ""
+        text(model, clip, log_progress=True)
+        assert "100%" in capsys.readouterr().err
+
+
+class TestWork:
+    def test_nothing_is_decoded_before_it_is_asked_for(self, model, clip, calls):
+        segments, _ = model.transcribe(clip, language="en")
+        assert calls == {"encode": [], "generate": []}
+        next(segments)
+        assert (len(calls["encode"]), len(calls["generate"])) == (1, 1)
+
+    @pytest.mark.parametrize("audio_context", ["full", "auto"])
+    def test_the_encoder_runs_once_where_the_language_is_detected(
+        self, model, clip, calls, audio_context
+    ):
+        segments, _ = model.transcribe(clip, audio_context=audio_context)
+        assert (len(calls["encode"]), calls["generate"]) == (1, [])
+        list(segments)
+        assert (len(calls["encode"]), len(calls["generate"])) == (1, 1)
+
+    def test_the_encoder_runs_once_however_often_the_window_is_decoded(self, model, clip, calls):
+        text(model, clip, temperature=(0.0, 0.0, 0.0), log_prob_threshold=-0.001)
+        assert (len(calls["encode"]), len(calls["generate"])) == (1, 3)
+
+    def test_the_encoder_runs_once_per_window(self, model, samples, manifest, calls):
+        audio, _ = joined(samples, manifest, 70)
+        segments = list(model.transcribe(audio, audio_context="full", temperature=0.0)[0])
+        assert len(segments) > 1
+        assert len(calls["encode"]) == len(calls["generate"]) > 1
+
+
+class TestAudioContext:
+    def test_declared_models_use_what_they_need(self, model, clip, calls):
+        text(model, clip)
+        # 2.29 s of audio and half a second of silence, in steps of half a second.
+        assert calls["encode"] == [300]
+
+    def test_full_on_request(self, model, clip, calls):
+        text(model, clip, audio_context="full")
+        assert calls["encode"] == [3000]
+
+    def test_at_least_so_many_seconds(self, model, clip, calls):
+        text(model, clip, audio_context=5)
+        text(model, clip, audio_context=1.5)
+        assert calls["encode"] == [500, 300]
+
+    def test_undeclared_models_use_everything(self, undeclared, clip, calls):
+        text(undeclared, clip)
+        assert calls["encode"] == [3000]
+
+    def test_undeclared_models_keep_a_floor_on_auto(self, undeclared, clip, calls):
+        assert text(undeclared, clip, audio_context="auto") == "Set the alarm for six ten."
+        assert calls["encode"] == [1000]
+
+    def test_undeclared_models_are_not_reduced_on_long_recordings(self, undeclared, calls):
+        text(undeclared, np.zeros(31 * RATE, dtype=np.float32), audio_context="auto")
+        assert set(calls["encode"]) == {3000}
+
+    @pytest.mark.parametrize(
+        "fault", [{"is_cut_off": True}, {"compression_ratio": 2.5}, {"avg_logprob": -1.5}]
+    )
+    def test_a_transcript_that_looks_wrong_is_decoded_again_in_full(
+        self, undeclared, clip, calls, monkeypatch, fault
+    ):
+        parse = speechrnt.transcribe.parse_result
+
+        def faulty_once(result, *arguments):
+            parsed = parse(result, *arguments)
+            if len(calls["generate"]) > 1:
+                return parsed
+            for name, value in fault.items():
+                object.__setattr__(parsed, name, value) if name != "is_cut_off" else None
+            if "is_cut_off" in fault:
+                object.__setattr__(parsed, "tokens", parsed.tokens * 200)
+            return parsed
+
+        monkeypatch.setattr(speechrnt.transcribe, "parse_result", faulty_once)
+        assert text(undeclared, clip, audio_context="auto") == "Set the alarm for six ten."
+        assert calls["encode"] == [1000, 3000]
+
+    def test_long_recordings_are_cut_at_pauses(self, model, samples, manifest, calls):
+        audio, words = joined(samples, manifest, 60)
+        spoken = text(model, audio, language="en")
+        assert max(calls["encode"]) <= 1050
+        assert jiwer.wer(plain(words), plain(spoken)) < 0.1
+
+    def test_prompts_are_no_longer_than_the_model_was_trained_on(
+        self, model, samples, manifest, calls
+    ):
+        audio, _ = joined(samples, manifest, 60)
+        text(model, audio, language="en")
+        longest = max(len(prompt) for prompt in calls["generate"])
+        assert longest == 1 + 12 + len(model._model.tokenizer.sot_sequence("en", "transcribe"))
+
+    def test_times_stay_inside_the_recording(self, model, samples, manifest):
+        audio, _ = joined(samples, manifest, 60)
+        segments = list(model.transcribe(audio, language="en")[0])
+        starts = [segment.start for segment in segments]
+        assert starts == sorted(starts)
+        assert [segment.id for segment in segments] == list(range(1, len(segments) + 1))
+
+    def test_a_timestamp_without_progress_does_not_stall(self, model, clip, monkeypatch):
+        def stuck(tokens, *arguments):
+            return [], 0
+
+        monkeypatch.setattr(speechrnt.transcribe, "split_by_timestamps", stuck)
+        assert text(model, clip, language="en") == ""
+
+
+def test_many_threads_with_options_of_their_own(model, samples, manifest):
+    jobs = [
+        (samples / clip["file"], {"language": language, "task": task, "audio_context": context})
+        for clip in manifest[:8]
+        for language in (None, clip["lang"])
+        for task in ("transcribe", "translate")
+        for context in ("full", "auto")
+    ]
+    expected = [text(model, audio, temperature=0.0, **options) for audio, options in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        results = [pool.submit(text, model, a, temperature=0.0, **o) for a, o in jobs]
+        assert [result.result() for result in results] == expected
