@@ -145,7 +145,7 @@ class Tokenizer:
         size = self.vocabulary_size
         ids = []
         for token in tokens:
-            if not isinstance(token, Integral) or not 0 <= token < size:
+            if not isinstance(token, Integral) or not 0 <= int(token) < size:
                 raise OptionError(f"{option}: {token!r} is not a token id below {size}")
             ids.append(int(token))
         return ids

@@ -348,7 +348,7 @@ class TestAudioContext:
     def test_a_transcript_that_looks_wrong_is_decoded_again_in_full(
         self, undeclared, clip, calls, monkeypatch, fault
     ):
-        parse = speechrnt.transcribe.parse_result
+        parse = speechrnt.sequential.parse_result
 
         def faulty_once(result, *arguments):
             parsed = parse(result, *arguments)
@@ -360,7 +360,7 @@ class TestAudioContext:
                 object.__setattr__(parsed, "tokens", parsed.tokens * 200)
             return parsed
 
-        monkeypatch.setattr(speechrnt.transcribe, "parse_result", faulty_once)
+        monkeypatch.setattr(speechrnt.sequential, "parse_result", faulty_once)
         assert text(undeclared, clip, audio_context="auto") == "Set the alarm for six ten."
         assert calls["encode"] == [1000, 3000]
 
@@ -389,7 +389,7 @@ class TestAudioContext:
         def stuck(tokens, *arguments):
             return [], 0
 
-        monkeypatch.setattr(speechrnt.transcribe, "split_by_timestamps", stuck)
+        monkeypatch.setattr(speechrnt.sequential, "split_by_timestamps", stuck)
         assert text(model, clip, language="en") == ""
 
 
