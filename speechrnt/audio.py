@@ -1,0 +1,641 @@
+"""Audio from files, arrays and raw PCM, as the 16 kHz mono float32 that the models take.
+
+`load_audio` accepts all of them. FFmpeg does the decoding and the resampling, through PyAV.
+Nothing here keeps state between calls: every function may be called from any thread.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias, cast, overload
+
+import av
+import numpy as np
+from av.container import InputContainer
+from numpy.typing import NDArray
+
+from .errors import AudioFileError, AudioNotFoundError, InvalidAudioError
+
+__all__ = ["SAMPLE_RATE", "Audio", "AudioFile", "AudioInput", "decode_audio", "load_audio"]
+
+SAMPLE_RATE = 16_000
+"""Samples per second of everything that leaves this module, unless asked otherwise."""
+
+AudioFile: TypeAlias = str | os.PathLike[str] | BinaryIO
+"""What can be decoded: a path, or a file object opened in binary mode."""
+
+_Samples: TypeAlias = NDArray[np.float32]
+
+_logger = logging.getLogger(__name__)
+
+_MIN_SAMPLE_RATE = 1_000
+_MAX_SAMPLE_RATE = 768_000
+
+# Divisors that bring each accepted dtype to [-1, 1).
+_FULL_SCALE = {"int16": 2**15, "int32": 2**31, "float32": 1, "float64": 1}
+
+# Loud music stored as float may pass 1.0, but samples this large are integers in disguise.
+_IMPLAUSIBLE_PEAK = 8.0
+
+_PCM_DTYPES = {"s16": "<i2", "s32": "<i4", "f32": "<f4", "mulaw": "u1", "alaw": "u1"}
+
+# How encoded files begin. PCM hardly ever does: as 16-bit samples, these are loud clicks. MPEG's
+# frame sync is left out, since its bits (0xFFE) are those of small negative samples.
+_CONTAINER_MAGICS = (
+    *(b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b"\x1aE\xdf\xa3"),
+    *(b"ID3\x02", b"ID3\x03", b"ID3\x04"),
+)
+
+# A playlist (HLS, ffconcat, SDP) given as audio would make FFmpeg read other files, or fetch
+# URLs, on behalf of whoever sent it. No protocol has this name, so nothing else is opened.
+_OPEN_NOTHING_ELSE = {"protocol_whitelist": "none"}
+
+# Frames are gathered to about this many samples before they are resampled: one call per frame
+# (20 ms or so of audio) would cost more than the resampling.
+_BLOCK_SAMPLES = 65_536
+
+# A header may claim any duration. Memory is set aside only for what the file could hold at
+# 2 kbit/s, below which no codec for speech goes.
+_MIN_BYTES_PER_S = 250
+
+# FFmpeg's names of formats that state the length of their audio. For others it estimates one from
+# the bit rate of the first frames, which may be far off.
+_FORMATS_STATING_LENGTH = frozenset({"aiff", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "ogg", "wav"})
+
+# Encoder delay and padding make undamaged files differ from the length that they state; Opus in
+# frames of 120 ms most.
+_LENGTH_TOLERANCE_S = 0.25
+
+# Programs that write WAV to a pipe cannot know its size and put 0 or a value from here up.
+_UNKNOWN_RIFF_SIZE = 0x7FFF_F000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio:
+    """Mono audio at 16 kHz; build one with `load_audio` or a ``from_`` method.
+
+    Attributes
+    ----------
+    samples : ndarray of float32, shape (n,)
+        C-contiguous samples at 16 kHz; full scale is [-1, 1). May be empty, and may share the
+        memory of the array that it was made from (see `from_array`).
+    warnings : tuple of str
+        What was wrong with the audio without making it unusable, such as a damaged file.
+    source : str
+        Where the audio came from, for messages: the path, the name of the file object,
+        ``"array"`` or ``"pcm"``.
+    """
+
+    samples: _Samples
+    warnings: tuple[str, ...] = ()
+    source: str = "array"
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return len(self.samples) / SAMPLE_RATE
+
+    @classmethod
+    def from_array(cls, samples: NDArray[Any], sample_rate: float = SAMPLE_RATE) -> "Audio":
+        """Make audio from the samples of one channel.
+
+        Contiguous float32 samples at 16 kHz are not copied: the result is then a view of
+        `samples`, which must not change while the audio is in use.
+
+        Parameters
+        ----------
+        samples : ndarray of int16, int32, float32 or float64, shape (n,)
+            Integers are divided by 2**15 or 2**31; floats are expected within [-1, 1]. Either
+            byte order will do.
+        sample_rate : int
+            Samples per second, 1000 to 768000. Other rates than 16000 are resampled by
+            libswresample in float32.
+
+        Raises
+        ------
+        InvalidAudioError
+            If the dtype, shape or rate is not one of the above, or a sample is NaN or infinite.
+        """
+        rate = _check_sample_rate(sample_rate)
+        floats, warnings = _to_float32(samples)
+        return cls(_resample_array(floats, rate), warnings, "array")
+
+    @classmethod
+    def from_pcm(
+        cls,
+        data: bytes | bytearray | memoryview,
+        encoding: str = "s16",
+        sample_rate: float = SAMPLE_RATE,
+        channels: int = 1,
+    ) -> "Audio":
+        """Make audio from raw PCM bytes, such as a telephone or a sound card delivers.
+
+        The result never shares memory that can change: `data` may be reused at once.
+
+        Parameters
+        ----------
+        data : bytes, bytearray or memoryview
+            Whole frames, little endian, channels interleaved.
+        encoding : {"s16", "s32", "f32", "mulaw", "alaw"}
+            Sample format; the last two are the G.711 codes, which are usually at 8000 Hz.
+        sample_rate : int
+            Samples per second, 1000 to 768000.
+        channels : {1, 2}
+            Two channels are averaged, with equal weights as in libswresample's downmix, but in
+            float32 where that would round to 16 bits.
+
+        Raises
+        ------
+        InvalidAudioError
+            If an argument is not one of the above, the bytes are not a whole number of frames,
+            or an f32 sample is NaN or infinite.
+        """
+        rate = _check_sample_rate(sample_rate)
+        if encoding not in _PCM_DTYPES:
+            raise InvalidAudioError(
+                f"encoding={encoding!r} is not known; use one of {', '.join(_PCM_DTYPES)}"
+            )
+        if channels not in (1, 2):
+            raise InvalidAudioError(f"channels={channels!r} is not supported; use 1 or 2")
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise InvalidAudioError(f"PCM data must be bytes, not {_type_name(data)}")
+        if isinstance(data, memoryview) and data.itemsize != 1:
+            raise InvalidAudioError(
+                f"PCM data is a memoryview of format {data.format!r}, not of bytes: "
+                "cast it with .cast('B') if its samples are in the stated encoding"
+            )
+        data = bytes(data)  # copies what could change, and leaves bytes as they are
+        dtype = np.dtype(_PCM_DTYPES[encoding])
+        frame_bytes = dtype.itemsize * channels
+        if len(data) % frame_bytes:
+            raise InvalidAudioError(
+                f"{len(data)} bytes of PCM are not a whole number of {frame_bytes}-byte frames "
+                f"({encoding}, channels={channels}): check both, and keep what is left of a "
+                "chunk for the next one"
+            )
+        coded: NDArray[Any] = np.frombuffer(data, dtype)
+        if encoding in ("mulaw", "alaw"):
+            coded = _g711_samples(encoding)[coded]
+        floats, warnings = _to_float32(coded)
+        if channels == 2:
+            floats = np.float32(0.5) * floats[0::2] + np.float32(0.5) * floats[1::2]
+        return cls(_resample_array(floats, rate), warnings, "pcm")
+
+    @classmethod
+    def from_file(cls, file: AudioFile) -> "Audio":
+        """Decode the first audio stream of a file, downmixed to mono.
+
+        Anything that FFmpeg can read will do: wav, flac, mp3, m4a, mp4, ogg, webm and others.
+        What can be read of a truncated or damaged file is returned, and `warnings` says what
+        is missing. Raw MPEG without a LAME tag, ADTS and Ogg do not state their length, so a
+        clean cut at the end of those cannot be told.
+
+        Parameters
+        ----------
+        file : str, PathLike or binary file object
+            A string is always a path: URLs are not fetched, nor are files that a playlist
+            names. A seekable file object is read from its beginning, wherever it stands, and
+            others from where they are; it is left open, at no particular position, and must
+            not be used by another thread meanwhile.
+
+        Raises
+        ------
+        AudioNotFoundError
+            If the path does not exist.
+        AudioFileError
+            If the file cannot be opened or read, or holds no audio that can be decoded.
+        InvalidAudioError
+            If `file` is neither a path nor a readable binary file object.
+        """
+        samples, warnings, source = _decode_file(file, SAMPLE_RATE, "mono")
+        return cls(samples, warnings, source)
+
+
+AudioInput: TypeAlias = Audio | AudioFile | NDArray[Any] | bytes | bytearray | memoryview
+"""What `load_audio` accepts."""
+
+
+def load_audio(audio: AudioInput) -> Audio:
+    """Bring audio of any accepted kind to 16 kHz mono float32.
+
+    Parameters
+    ----------
+    audio : Audio, str, PathLike, binary file object, ndarray, bytes, bytearray or memoryview
+        An `Audio` is returned as it is, paths and file objects are decoded
+        (`Audio.from_file`), an array is 16 kHz mono (`Audio.from_array`, which may share its
+        memory), and bytes are 16 kHz mono PCM of 16 bits, little endian (`Audio.from_pcm`).
+
+    Raises
+    ------
+    AudioNotFoundError
+        If a path does not exist.
+    AudioFileError
+        If a file holds no audio that can be decoded.
+    InvalidAudioError
+        If `audio` is none of the above, or its samples are unusable, or bytes hold an encoded
+        file, which belongs in an `io.BytesIO`.
+    """
+    if isinstance(audio, Audio):
+        return audio
+    if isinstance(audio, np.ndarray):
+        return Audio.from_array(audio)
+    if isinstance(audio, bytes | bytearray | memoryview):
+        head = bytes(audio[:8])
+        if head.startswith(_CONTAINER_MAGICS) or head[4:] == b"ftyp":
+            raise InvalidAudioError(
+                "these bytes are an encoded file, not raw PCM: wrap them in io.BytesIO "
+                "(or use Audio.from_pcm if they are PCM after all)"
+            )
+        return Audio.from_pcm(audio)
+    if isinstance(audio, str | os.PathLike) or hasattr(audio, "read"):
+        return Audio.from_file(audio)
+    raise InvalidAudioError(
+        f"audio of type {_type_name(audio)} is not accepted: pass a path, a binary file object, "
+        "bytes of 16-bit PCM, an Audio, or a 1-D NumPy array at 16 kHz "
+        "(numpy.asarray converts lists and CPU tensors)"
+    )
+
+
+@overload
+def decode_audio(
+    input_file: AudioFile, sampling_rate: int = ..., split_stereo: Literal[False] = ...
+) -> _Samples: ...
+
+
+@overload
+def decode_audio(
+    input_file: AudioFile, sampling_rate: int = ..., *, split_stereo: Literal[True]
+) -> tuple[_Samples, _Samples]: ...
+
+
+@overload
+def decode_audio(
+    input_file: AudioFile, sampling_rate: int, split_stereo: Literal[True]
+) -> tuple[_Samples, _Samples]: ...
+
+
+def decode_audio(
+    input_file: AudioFile, sampling_rate: int = SAMPLE_RATE, split_stereo: bool = False
+) -> _Samples | tuple[_Samples, _Samples]:
+    """Decode a file as `faster_whisper.decode_audio` does, sample for sample.
+
+    What `Audio.warnings` would hold is logged, at level WARNING.
+
+    Parameters
+    ----------
+    input_file : str, PathLike or binary file object
+        See `Audio.from_file`.
+    sampling_rate : int
+        Samples per second of the result, 1000 to 768000.
+    split_stereo : bool
+        Return both channels (twice the same for mono files) instead of their mix.
+
+    Returns
+    -------
+    ndarray of float32, shape (n,), or a tuple (left, right) of two such
+        Samples in [-1, 1).
+
+    Raises
+    ------
+    AudioError
+        As `Audio.from_file`; InvalidAudioError also if the rate is out of range.
+    """
+    layout = "stereo" if split_stereo else "mono"
+    samples, warnings, _ = _decode_file(input_file, _check_sample_rate(sampling_rate), layout)
+    for warning in warnings:
+        _logger.warning(warning)
+    if split_stereo:
+        return samples[0::2].copy(), samples[1::2].copy()
+    return samples
+
+
+def _type_name(value: object) -> str:
+    cls = type(value)
+    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
+
+
+def _check_sample_rate(rate: float) -> int:
+    if (
+        isinstance(rate, bool)
+        or not isinstance(rate, int | float | np.integer)
+        or not float(rate).is_integer()
+        or not _MIN_SAMPLE_RATE <= rate <= _MAX_SAMPLE_RATE
+    ):
+        raise InvalidAudioError(
+            f"the sample rate {rate!r} is not a whole number of Hz from {_MIN_SAMPLE_RATE} to "
+            f"{_MAX_SAMPLE_RATE}"
+        )
+    return int(rate)
+
+
+def _to_float32(samples: NDArray[Any]) -> tuple[_Samples, tuple[str, ...]]:
+    """Check samples and bring them to [-1, 1); return them and what looks wrong with them."""
+    if not isinstance(samples, np.ndarray):
+        raise InvalidAudioError(
+            f"samples must be a NumPy array, not {_type_name(samples)}: use numpy.asarray"
+        )
+    dtype = samples.dtype.name
+    if dtype not in _FULL_SCALE:
+        raise InvalidAudioError(
+            f"array of dtype {dtype}: samples must be one of {', '.join(_FULL_SCALE)}"
+        )
+    if samples.ndim != 1:
+        raise InvalidAudioError(
+            f"array of shape {samples.shape}: pass the samples of one channel as a 1-D array; "
+            "of an array of shape (n, channels), audio[:, 0] picks the first channel and "
+            "audio.mean(axis=1, dtype='float32') averages floats"
+        )
+    if dtype.startswith("int"):
+        return np.multiply(samples, 1 / _FULL_SCALE[dtype], dtype=np.float32, order="C"), ()
+
+    with np.errstate(over="ignore"):  # float64 beyond float32: reported below
+        floats = np.ascontiguousarray(samples, dtype=np.float32)
+    if not floats.size:
+        return floats, ()
+    # Two reductions instead of isfinite() and abs(), which would each make a whole array.
+    low, high = floats.min(), floats.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        index = int(np.flatnonzero(~np.isfinite(floats))[0])
+        raise InvalidAudioError(
+            f"sample {index} of the array is {samples[index]}: samples must be finite float32 "
+            "numbers; find out where it comes from, or replace it with numpy.nan_to_num"
+        )
+    peak = max(-float(low), float(high))
+    if peak > _IMPLAUSIBLE_PEAK:
+        return floats, (
+            f"the samples reach {peak:.6g} where full scale is 1.0: if they are 16-bit integers "
+            "stored as floats, divide them by 32768",
+        )
+    return floats, ()
+
+
+@cache
+def _g711_samples(encoding: str) -> NDArray[np.int16]:
+    """Return the samples that the 256 bytes of a G.711 code stand for."""
+    decoder = cast("av.AudioCodecContext", av.CodecContext.create(f"pcm_{encoding}", "r"))
+    decoder.sample_rate = 8000
+    decoder.layout = "mono"
+    [frame] = decoder.decode(av.Packet(bytes(range(256))))
+    return cast("NDArray[np.int16]", frame.to_ndarray()[0])
+
+
+def _resample_array(samples: _Samples, rate: int) -> _Samples:
+    if rate == SAMPLE_RATE or not samples.size:
+        return samples
+    blocks = _resample(_array_frames(samples, rate), "flt", "mono", SAMPLE_RATE)
+    return _concatenate(blocks, 1.0, capacity=len(samples) * SAMPLE_RATE // rate + 1)
+
+
+def _array_frames(samples: _Samples, rate: int) -> Iterator[av.AudioFrame]:
+    for start in range(0, len(samples), _BLOCK_SAMPLES):
+        block = samples[np.newaxis, start : start + _BLOCK_SAMPLES]
+        frame = av.AudioFrame.from_ndarray(block, format="flt", layout="mono")
+        frame.sample_rate = rate
+        yield frame
+
+
+def _resample(
+    frames: Iterable[av.AudioFrame], sample_format: str, layout: str, rate: int
+) -> Iterator[NDArray[Any]]:
+    """Yield the resampled samples block by block, channels interleaved."""
+    # Streams that were joined together may change their format on the way; a resampler cannot.
+    for _, run in groupby(frames, lambda f: (f.format.name, f.layout.name, f.sample_rate)):
+        resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
+        for block in chain(_merge(run), [None]):  # None flushes the resampler
+            for resampled in resampler.resample(block):
+                yield resampled.to_ndarray().reshape(-1)
+
+
+def _merge(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:
+    """Join frames of one format to frames of about `_BLOCK_SAMPLES`."""
+    fifo = av.AudioFifo()
+    for frame in frames:
+        fifo.write(frame)
+        if fifo.samples >= _BLOCK_SAMPLES:
+            yield cast("av.AudioFrame", fifo.read())
+    if fifo.samples:
+        yield cast("av.AudioFrame", fifo.read())
+
+
+def _concatenate(blocks: Iterable[NDArray[Any]], scale: float, capacity: int) -> _Samples:
+    """Join blocks into one float32 array, multiplied by `scale`; `capacity` is a guess."""
+    samples = np.empty(capacity, np.float32)
+    end = 0
+    for block in blocks:
+        start, end = end, end + len(block)
+        if end > len(samples):
+            samples.resize(max(end, len(samples) * 3 // 2), refcheck=False)
+        np.multiply(block, scale, out=samples[start:end], dtype=np.float32)
+    samples.resize(end, refcheck=False)
+    return samples
+
+
+def _decode_file(file: AudioFile, rate: int, layout: str) -> tuple[_Samples, tuple[str, ...], str]:
+    """Return the samples (channels interleaved), the warnings, and the name of the file."""
+    if isinstance(file, str | os.PathLike):
+        name = os.fsdecode(file)
+        with _open(name) as opened:
+            return *_decode(opened, name, rate, layout), name
+    name = _check_file_object(file)
+    return *_decode(file, name, rate, layout), name
+
+
+def _open(path: str) -> BinaryIO:
+    # Opened here and not by FFmpeg, which would take "a:b.wav" for a protocol.
+    try:
+        return Path(path).open("rb", buffering=0)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if "://" in path:
+            raise AudioNotFoundError(
+                f"{path!r}: URLs are not fetched; download the file and pass its path"
+            ) from error
+        raise AudioNotFoundError(
+            f"{path!r}: no such file (the full path would be {str(Path(path).absolute())!r})"
+        ) from error
+    except IsADirectoryError as error:
+        raise AudioFileError(f"{path!r}: this is a directory; pass one audio file") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise AudioFileError(
+            f"{path!r}: cannot be opened ({error}); pass a file that this user may read"
+        ) from error
+
+
+def _check_file_object(file: BinaryIO) -> str:
+    """Return the name of a binary file object, or raise if it cannot be read."""
+    if not hasattr(file, "read"):
+        raise InvalidAudioError(
+            f"an audio file must be a path or a binary file object, not {_type_name(file)}"
+        )
+    name = getattr(file, "name", None)
+    if not isinstance(name, str):
+        name = type(file).__name__
+    try:
+        nothing: object = file.read(0)
+    except (OSError, ValueError) as error:
+        raise InvalidAudioError(
+            f"{name!r}: the file object cannot be read ({error}); pass one that is open, in "
+            "mode 'rb'"
+        ) from error
+    if not isinstance(nothing, bytes):
+        raise InvalidAudioError(
+            f"{name!r}: the file object reads {_type_name(nothing)} instead of bytes; open the "
+            "file in mode 'rb'"
+        )
+    return name
+
+
+def _decode(file: BinaryIO, name: str, rate: int, layout: str) -> tuple[_Samples, tuple[str, ...]]:
+    try:
+        size, missing = _measure(file)
+        if size == 0:
+            raise AudioFileError(f"{name!r}: the file is empty (0 bytes); give an audio file")
+        with av.open(
+            file, mode="r", options=_OPEN_NOTHING_ELSE, metadata_errors="ignore"
+        ) as container:
+            return _decode_stream(container, name, rate, layout, missing)
+    except (av.FFmpegError, OSError) as error:
+        raise AudioFileError(
+            f"{name!r}: cannot be decoded ({error.strerror or error}); give an audio or video "
+            "file of a format that FFmpeg reads, such as wav, flac, mp3, m4a or ogg, and check "
+            "that it is complete"
+        ) from error
+
+
+def _measure(file: BinaryIO) -> tuple[int | None, int]:
+    """Rewind a seekable file; return its size and how many bytes its RIFF header misses.
+
+    FFmpeg takes the length of a WAV file from its size, so only the header tells that the end
+    is missing. The size of a file that cannot seek is None.
+    """
+    seekable = getattr(file, "seekable", None)
+    if not hasattr(file, "seek") or (seekable is not None and not seekable()):
+        return None, 0
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
+    file.seek(0)
+    head = file.read(8)
+    file.seek(0)
+    riff_size = int.from_bytes(head[4:], "little")
+    if head[:4] != b"RIFF" or riff_size >= _UNKNOWN_RIFF_SIZE:
+        return size, 0
+    return size, max(0, riff_size + len(head) - size)
+
+
+def _decode_stream(
+    container: InputContainer, name: str, rate: int, layout: str, missing: int
+) -> tuple[_Samples, tuple[str, ...]]:
+    if not container.streams.audio:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise AudioFileError(
+            f"{name!r}: no audio stream, only {kinds}; give a file with sound in it"
+        )
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise AudioFileError(
+            f"{name!r}: FFmpeg has no decoder for this audio; convert the file to wav or flac"
+        )
+    if not _MIN_SAMPLE_RATE <= stream.codec_context.sample_rate <= _MAX_SAMPLE_RATE:
+        raise AudioFileError(
+            f"{name!r}: the header claims a sample rate of {stream.codec_context.sample_rate} "
+            f"Hz; audio from {_MIN_SAMPLE_RATE} to {_MAX_SAMPLE_RATE} Hz can be decoded"
+        )
+
+    duration = _duration(container, stream)
+    plausible = min(duration, max(container.size, 0) / _MIN_BYTES_PER_S)
+    capacity = int(plausible * rate * (2 if layout == "stereo" else 1)) + _BLOCK_SAMPLES
+    reader = _FrameReader(container, stream)
+    blocks = _resample(reader, "s16", layout, rate)
+    samples = _concatenate(blocks, 1 / 32768, capacity)
+
+    stated = duration if _states_length(container, stream) else 0.0
+    if missing and stream.codec_context.bit_rate:
+        stated += 8 * missing / stream.codec_context.bit_rate
+    is_short = reader.seconds < stated - _LENGTH_TOLERANCE_S
+    if not reader.seconds and (is_short or reader.first_error):
+        raise AudioFileError(
+            f"{name!r}: none of the audio can be decoded "
+            f"({reader.first_error or 'no data after the header'}); the file is damaged"
+        ) from reader.first_error
+
+    warnings = []
+    if reader.first_error:
+        warnings.append(
+            f"{name!r}: {reader.errors} damaged packet(s) skipped, the first at "
+            f"{reader.first_error_at:.2f} s ({reader.first_error.strerror})"
+        )
+    if is_short:
+        warnings.append(
+            f"{name!r}: only {reader.seconds:.2f} s of audio could be decoded, of "
+            f"{stated:.2f} s that the header states: the file is cut short or damaged"
+        )
+    return samples, tuple(warnings)
+
+
+def _duration(container: InputContainer, stream: av.AudioStream) -> float:
+    """Return the seconds of audio that FFmpeg expects, or 0.0 if it has no idea."""
+    if stream.duration is not None and stream.time_base is not None:
+        seconds = float(stream.duration * stream.time_base)
+    else:
+        seconds = (container.duration or 0) / av.time_base
+    return max(seconds, 0.0)  # a damaged header may say anything
+
+
+def _states_length(container: InputContainer, stream: av.AudioStream) -> bool:
+    """Tell whether `_duration` is what the header of the file says of this stream."""
+    if container.format.name == "mp3":
+        # The LAME tag, which counts the frames, also holds the delay of the encoder. FFmpeg
+        # shows that as the start time, and gives no other sign of the tag.
+        return bool(stream.start_time)
+    if container.format.name == "matroska,webm":
+        # It states one duration for the whole file, and video may last longer.
+        return len(container.streams) == 1
+    return container.format.name in _FORMATS_STATING_LENGTH
+
+
+class _FrameReader:
+    """Iterate over the frames of a stream, past damaged packets, and keep account of those.
+
+    Attributes
+    ----------
+    seconds : float
+        Decoded so far.
+    errors : int
+        Packets skipped so far.
+    first_error : av.FFmpegError or None
+    first_error_at : float
+        Position in the decoded audio, in seconds.
+    """
+
+    def __init__(self, container: InputContainer, stream: av.AudioStream) -> None:
+        self._packets = container.demux(stream)
+        self.seconds = 0.0
+        self.errors = 0
+        self.first_error: av.FFmpegError | None = None
+        self.first_error_at = 0.0
+
+    def __iter__(self) -> Iterator[av.AudioFrame]:
+        try:
+            for packet in self._packets:
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    self._note(error)
+                    continue
+                for frame in frames:
+                    self.seconds += frame.samples / frame.sample_rate
+                    frame.pts = None  # the FIFO would insist on timestamps without gaps
+                    yield frame
+        except av.FFmpegError as error:  # the container itself breaks off here
+            self._note(error)
+
+    def _note(self, error: av.FFmpegError) -> None:
+        self.errors += 1
+        if self.first_error is None:
+            # The traceback refers to this object: keeping it would make a reference cycle, and
+            # the decoder's memory would wait for the garbage collector.
+            self.first_error = error.with_traceback(None)
+            self.first_error_at = self.seconds
