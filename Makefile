@@ -1,19 +1,63 @@
+# The commands of the project; each one does its own set-up, in .venv, and redoes only what changed.
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard speechrnt/*.pyx speechrnt/*.pxd speechrnt/*.h)
+STUBBED := $(patsubst speechrnt/%.pyi,speechrnt.%,$(wildcard speechrnt/*.pyi))
+REPAIR := $(if $(filter Darwin,$(shell uname)),delocate-wheel,auditwheel repair)
 export SPEECHRNT_WERROR = 1
 
-.PHONY: build demo test lint bench wheel clean
+.PHONY: help build demo test lint bench wheel clean
+.NOTPARALLEL: # one pip at a time in one environment
 
-build: $(VENV)/.built
+help: ## show the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-6s %s\n", $$1, $$2 }' Makefile
 
-demo: build
+build: $(VENV)/.built ## build and install the package, editable
+
+demo: $(VENV)/.built ## transcribe the shipped recordings: text, timing, real-time factor
 	$(BIN)/python examples/transcribe_samples.py
 
-test: lint
+test: lint ## lint, then run the tests
 	$(BIN)/python -m pytest
 
-lint: build $(VENV)/.test
-	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/cython-lint speechrnt && $(BIN)/mypy && $(BIN)/python -m mypy.stubtest $(STUBBED)
+lint: $(VENV)/.test ## check style, types and stubs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PATH="$(BIN):$$PATH" cython-lint speechrnt tests
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/stubtest $(STUBBED)
+
+bench: $(VENV)/.bench ## run the benchmarks
+	$(BIN)/python perf/bench_mel.py
+
+wheel: $(VENV)/.wheel ## make sdist and wheel in dist/, test the wheel in an empty environment
+	rm -rf build/dist dist
+	$(BIN)/python -m build --outdir build/dist
+	PATH="$(BIN):$$PATH" $(REPAIR) -w dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	PYTHON=$(BIN)/python tests/wheel/in_empty_environment.sh dist/*.whl
+
+clean: ## remove everything that the other commands made
+	rm -rf $(VENV) build dist speechrnt.egg-info speechrnt/*.so
+
+# Each stamp is touched last, so that a set-up that fails or is interrupted is done again.
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install 'pip>=25.1' # the first with --group
+	touch $@
+
+# A change of setup.py may change the flags and directives of every module.
+$(VENV)/.built: $(SOURCES) $(VENV)/.created
+	$(if $(filter setup.py,$?),rm -rf build speechrnt/*.so)
+	$(PIP) install --group build
+	$(PIP) install --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.%: pyproject.toml | $(VENV)/.built
+	$(PIP) install --group $*
+	touch $@

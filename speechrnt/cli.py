@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import ctranslate2
 import huggingface_hub
+import huggingface_hub.utils
 from tqdm import tqdm
 
 from . import _mel
@@ -38,7 +39,7 @@ _SUBTITLES = ("srt", "vtt")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    r"""Run the command.
 
     Parameters
     ----------
@@ -50,14 +51,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         0 if all went well, 1 if some files could not be transcribed, 2 if nothing could be started,
         130 after an interrupt.
+
+    Notes
+    -----
+    Standard output keeps the encoding of the locale. Characters that it lacks are written as
+    escapes: those of JSON in JSON, ``\xf6`` or ``\u4e16`` in the other formats. The files in
+    ``--output-dir`` are always UTF-8.
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the locale's encoding lacks is no reason to stop half-way.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = options.run(options)
+        print(end="", flush=True)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader has enough. What is still buffered must not fail again at exit.
+    except OSError as error:
+        # Of standard output; all others are reported where they happen.
+        if not isinstance(error, BrokenPipeError):
+            _report("error", f"standard output: {error}")
+        # What is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SOME_FAILED
     return status
@@ -67,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="speechrnt", description="Low-latency speech-to-text.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"speechrnt {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"speechrnt {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     transcribe = commands.add_parser(
@@ -119,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help="write a file per recording here instead of to standard output",
+        help="write a UTF-8 file per recording here instead of to standard output",
     )
     transcribe.add_argument(
         "--progress",
@@ -155,6 +169,10 @@ def _transcribe(options: argparse.Namespace) -> int:
     for number, output in enumerate(outputs):
         if output is not None and output in outputs[:number]:
             return _fail(f"two of the files would be written to {output}; run them apart")
+    if options.progress is None:
+        options.progress = sys.stderr.isatty()
+    if not options.progress:
+        huggingface_hub.utils.disable_progress_bars()
     try:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -185,13 +203,12 @@ def _transcribe_file(
     segments, info = model.transcribe(file, language=options.language, task=options.task)
     for warning in info.warnings:
         _report("warning", f"{file}: {warning}")
-    show_progress = sys.stderr.isatty() if options.progress is None else options.progress
     with tqdm(
         total=round(info.duration, 2),
         desc=file.name,
         unit="s",
         leave=False,
-        disable=not show_progress,
+        disable=not options.progress,
     ) as progress:
         followed = _followed(segments, progress)
         if output is not None:
@@ -206,13 +223,24 @@ def _transcribe_file(
 
 
 class _AboveProgress(io.TextIOBase):
-    """Standard output, kept apart from a progress bar on the same terminal."""
+    """Standard output, kept apart from a progress bar on the same terminal.
+
+    Lines are written whole: the bar is drawn again after each write, at the start of the line.
+    """
+
+    def __init__(self) -> None:
+        self._line = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stdout.encoding
 
     def write(self, text: str) -> int:
-        with tqdm.external_write_mode(file=sys.stdout):
-            written = sys.stdout.write(text)
-            sys.stdout.flush()
-        return written
+        lines, newline, self._line = (self._line + text).rpartition("\n")
+        if newline:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(lines, flush=True)
+        return len(text)
 
 
 def _followed(segments: Iterable[Segment], progress: tqdm[NoReturn]) -> Iterator[Segment]:
@@ -253,8 +281,7 @@ def _info(_options: argparse.Namespace) -> int:
 
 
 def _report(kind: str, message: str) -> None:
-    with tqdm.external_write_mode(file=sys.stderr):
-        print(f"speechrnt: {kind}: {message}", file=sys.stderr)
+    print(f"speechrnt: {kind}: {message}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

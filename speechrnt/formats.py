@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import TextIO
+from html import escape
+from io import TextIOBase
+from typing import TextIO, TypeAlias
 
 from .results import Segment, TranscriptionInfo
 
 __all__ = ["WRITERS", "format_timestamp", "write_json", "write_srt", "write_text", "write_vtt"]
+
+
+_Text: TypeAlias = "TextIO | TextIOBase"
 
 
 def format_timestamp(
@@ -42,14 +48,17 @@ def format_timestamp(
     )
 
 
-def write_text(segments: Iterable[Segment], info: TranscriptionInfo, file: TextIO) -> None:
+def write_text(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text) -> None:
     """Write the text, a line per segment."""
     for segment in segments:
-        print(segment.text.strip(), file=file)
+        print(" ".join(_lines(segment)), file=file)
 
 
-def write_json(segments: Iterable[Segment], info: TranscriptionInfo, file: TextIO) -> None:
-    """Write everything known as one JSON object on one line."""
+def write_json(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text) -> None:
+    """Write everything known as one JSON object on one line.
+
+    Where `file` has another encoding than UTF-8, what is not ASCII is written as JSON's escapes.
+    """
     records = [asdict(segment) for segment in segments]
     document = {
         "language": info.language,
@@ -59,23 +68,28 @@ def write_json(segments: Iterable[Segment], info: TranscriptionInfo, file: TextI
         "text": "".join(record["text"] for record in records).strip(),
         "segments": records,
     }
-    print(json.dumps(document, ensure_ascii=False), file=file)
+    encoding = file.encoding or "utf-8"  # None: characters are kept as they are
+    ascii_only = codecs.lookup(encoding).name != "utf-8"
+    print(json.dumps(document, ensure_ascii=ascii_only), file=file)
 
 
-def write_srt(segments: Iterable[Segment], info: TranscriptionInfo, file: TextIO) -> None:
+def write_srt(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text) -> None:
     """Write SubRip subtitles."""
     for number, segment in enumerate(segments, start=1):
-        print(f"{number}\n{_cue(segment, ',')}\n", file=file)
+        # An arrow inside the text would be read as a timing line.
+        text = "\n".join(_lines(segment)).replace("-->", "->")
+        print(f"{number}\n{_times(segment, ',')}\n{text}\n", file=file)
 
 
-def write_vtt(segments: Iterable[Segment], info: TranscriptionInfo, file: TextIO) -> None:
+def write_vtt(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text) -> None:
     """Write WebVTT subtitles."""
     print("WEBVTT\n", file=file)
     for segment in segments:
-        print(f"{_cue(segment, '.')}\n", file=file)
+        text = escape("\n".join(_lines(segment)), quote=False)
+        print(f"{_times(segment, '.')}\n{text}\n", file=file)
 
 
-WRITERS: dict[str, Callable[[Iterable[Segment], TranscriptionInfo, TextIO], None]] = {
+WRITERS: dict[str, Callable[[Iterable[Segment], TranscriptionInfo, _Text], None]] = {
     "text": write_text,
     "json": write_json,
     "srt": write_srt,
@@ -84,11 +98,14 @@ WRITERS: dict[str, Callable[[Iterable[Segment], TranscriptionInfo, TextIO], None
 """The writers by format name."""
 
 
-def _cue(segment: Segment, decimal_marker: str) -> str:
+def _lines(segment: Segment) -> list[str]:
+    # An empty line would end a subtitle.
+    return [line.strip() for line in segment.text.splitlines() if line.strip()]
+
+
+def _times(segment: Segment, decimal_marker: str) -> str:
     start, end = (
         format_timestamp(max(seconds, 0.0), True, decimal_marker)
         for seconds in (segment.start, segment.end)
     )
-    # An arrow inside the text would be read as a timing line.
-    text = segment.text.strip().replace("-->", "->")
-    return f"{start} --> {end}\n{text}"
+    return f"{start} --> {end}"

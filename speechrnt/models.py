@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from fnmatch import filter as matching
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,10 +70,16 @@ _AUTO_COMPUTE_TYPES = {
     "cuda": ("float16", "bfloat16", "float32"),
 }
 
-_MODEL_FILES = ("config.json", "model.bin", "vocabulary.*")
+_WEIGHTS = "model.bin"
+_MODEL_FILES = ("config.json", _WEIGHTS, "vocabulary.*")
 _OPTIONAL_FILES = ("preprocessor_config.json", "speechrnt.json", "tokenizer.json")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+# Lists of token ids in config.json that CTranslate2 uses without looking whether they are there and
+# within the vocabulary: the second one only to detect the language.
+_SUPPRESS_FIRST = "suppress_ids_begin"
+_LANGUAGES = "lang_ids"
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,8 @@ class Capabilities:
         _check_range("max_window_s", self.max_window_s, 1, 30)
         _check_range("margin_s", self.margin_s, 0, 30)
         _check_range("max_prompt_tokens", self.max_prompt_tokens, 0, MAX_PROMPT_TOKENS)
+        if not isinstance(self.max_prompt_tokens, int):
+            raise ModelLoadError("speechrnt.json: max_prompt_tokens must be a whole number")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Capabilities:
@@ -261,15 +270,15 @@ def load_model(
     ModelLoadError
         If the directory is not a Whisper model that can be loaded.
     OptionError
-        If the device or the compute type is unknown or not supported here.
+        If an option is unknown, out of range, or not supported here.
     """
-    device = resolve_device(device)
     name = fspath(model)
-    if files is not None:
-        contents = {key: _read(value) for key, value in files.items()}
-        directory = None
-    else:
-        contents = {}
+    device = resolve_device(device)
+    indices = _checked_device_index(device_index, device)
+    compute_type = resolve_compute_type(compute_type, device, indices[0])
+    _check_count("cpu_threads", cpu_threads, 0)
+    _check_count("num_workers", num_workers, 1)
+    if files is None:
         directory = _find(
             model,
             cache_dir=download_root,
@@ -277,40 +286,47 @@ def load_model(
             revision=revision,
             use_auth_token=use_auth_token,
         )
-        _check_complete(directory)
+        place, in_memory, texts = str(directory), None, _read_texts(directory)
+    else:
+        place, in_memory = name, {key: _read(key, content) for key, content in files.items()}
+        _check_complete(place, in_memory)
+        texts = in_memory
 
-    index = device_index if isinstance(device_index, int) else device_index[0]
     try:
         whisper = ctranslate2.models.Whisper(
-            name if directory is None else str(directory),
+            place,
             device=device,
-            device_index=device_index,
-            compute_type=resolve_compute_type(compute_type, device, index),
+            device_index=indices,
+            compute_type=compute_type,
             intra_threads=cpu_threads,
             inter_threads=num_workers,
-            files={**contents} if directory is None else None,
+            files=in_memory,
             **model_kwargs,
         )
-    except (RuntimeError, ValueError, TypeError) as error:
+    except TypeError as error:
+        raise OptionError(
+            f"model_kwargs: ctranslate2.models.Whisper does not take {model_kwargs}"
+        ) from error
+    except (RuntimeError, ValueError, MemoryError) as error:
         raise ModelLoadError(
             f"{name}: CTranslate2 cannot load this as a Whisper model: {error}"
         ) from error
     if whisper.n_mels not in (80, 128):
         raise ModelLoadError(f"{name}: the model takes {whisper.n_mels} mel bands, not 80 or 128")
-
-    def read(filename: str) -> bytes | None:
-        if directory is None:
-            return contents.get(filename)
-        path = directory / filename
-        return path.read_bytes() if path.is_file() else None
-
-    declaration = read("speechrnt.json")
-    return Model(
-        name=name,
-        whisper=whisper,
-        tokenizer=_load_tokenizer(name, read("tokenizer.json"), bool(whisper.is_multilingual)),
-        capabilities=Capabilities.from_json(declaration) if declaration else Capabilities(),
-    )
+    multilingual = bool(whisper.is_multilingual)
+    content = texts.get("tokenizer.json")
+    if content is None:
+        content = _fetch_tokenizer(name, multilingual, download_root, local_files_only)
+    try:
+        tokenizer = _load_tokenizer(content, multilingual)
+        _check_ids(texts, tokenizer)
+        declaration = texts.get("speechrnt.json")
+        capabilities = (
+            Capabilities() if declaration is None else Capabilities.from_json(declaration)
+        )
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{name}: {error}") from error
+    return Model(name, whisper, tokenizer, capabilities)
 
 
 def download_model(
@@ -345,7 +361,7 @@ def download_model(
     repository = HUB_MODELS.get(size_or_id, size_or_id)
     if not _HUB_ID.fullmatch(repository):
         raise ModelNotFoundError(
-            f"{size_or_id}: no model of this name and no such directory; use one of "
+            f"{size_or_id!r}: no model of this name and no such directory; use one of "
             f"{', '.join(available_models())}, a hub id like 'owner/name', or the path of a "
             "directory in CTranslate2's format"
         )
@@ -357,7 +373,7 @@ def download_model(
     if use_auth_token is not None:
         arguments["token"] = use_auth_token
     try:
-        return huggingface_hub.snapshot_download(
+        directory = huggingface_hub.snapshot_download(
             repository,
             revision=revision,
             local_files_only=local_files_only,
@@ -368,6 +384,7 @@ def download_model(
     # which differs between its versions.
     except Exception as error:
         raise ModelNotFoundError(_download_advice(size_or_id, repository, error)) from error
+    return str(directory)
 
 
 def resolve_device(device: str) -> str:
@@ -409,15 +426,32 @@ def resolve_compute_type(compute_type: str, device: str, device_index: int = 0) 
     """
     if compute_type == "default":
         return compute_type
-    supported = ctranslate2.get_supported_compute_types(device, device_index)
+    supported = sorted(ctranslate2.get_supported_compute_types(device, device_index))
     if compute_type == "auto":
         return next(kind for kind in _AUTO_COMPUTE_TYPES[device] if kind in supported)
     if compute_type not in supported:
         raise OptionError(
             f"compute_type: {compute_type!r} is not supported on {device}; use one of "
-            f"default, auto, {', '.join(sorted(supported))}"
+            f"default, auto, {', '.join(supported)}"
         )
     return compute_type
+
+
+def _checked_device_index(device_index: int | list[int], device: str) -> list[int]:
+    """Return the indices as a list."""
+    indices = [device_index] if isinstance(device_index, int) else list(device_index)
+    count = ctranslate2.get_cuda_device_count() if device == "cuda" else 1
+    if not indices or any(index not in range(count) for index in indices):
+        raise OptionError(
+            f"device_index: must be a number or list of numbers from 0 to {count - 1} on "
+            f"{device}, not {device_index!r}"
+        )
+    return indices
+
+
+def _check_count(option: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{option}: must be a whole number from {least}, not {value!r}")
 
 
 def _find(model: str | PathLike[str], **hub_arguments: Any) -> Path:
@@ -425,10 +459,14 @@ def _find(model: str | PathLike[str], **hub_arguments: Any) -> Path:
     name = fspath(model)
     if name in EMBEDDED_MODELS and isinstance(model, str):
         return EMBEDDED_MODELS[name]
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return directory
-    if directory.exists():
+    try:
+        directory = Path(name).expanduser()
+        if name and directory.is_dir():
+            return directory
+        is_file = directory.is_file()
+    except (OSError, RuntimeError):  # no path can be so long, or no user has this name
+        is_file = False
+    if is_file and name not in HUB_MODELS:
         raise ModelNotFoundError(
             f"{name}: is a file; give the directory that holds config.json and model.bin"
         )
@@ -444,52 +482,129 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _check_complete(directory: Path) -> None:
-    missing = [pattern for pattern in _MODEL_FILES if not any(directory.glob(pattern))]
+def _check_complete(place: str, names: Iterable[str]) -> None:
+    names = list(names)
+    missing = [pattern for pattern in _MODEL_FILES if not matching(names, pattern)]
     if missing:
         raise ModelLoadError(
-            f"{directory}: not a Whisper model in CTranslate2's format: {', '.join(missing)} "
+            f"{place}: not a Whisper model in CTranslate2's format: {', '.join(missing)} "
             "missing; convert one with ct2-transformers-converter, and copy its tokenizer.json and "
             "preprocessor_config.json along"
         )
 
 
-def _read(content: bytes | BinaryIO) -> bytes:
-    return content if isinstance(content, bytes) else content.read()
+def _read_texts(directory: Path) -> dict[str, bytes]:
+    """Return the files of a complete model directory, except the weights."""
+    try:
+        _check_complete(str(directory), (path.name for path in directory.iterdir()))
+        return {
+            path.name: path.read_bytes()
+            for pattern in (*_MODEL_FILES, *_OPTIONAL_FILES)
+            for path in directory.glob(pattern)
+            if path.name != _WEIGHTS and path.is_file()
+        }
+    except OSError as error:
+        raise ModelLoadError(f"{directory}: cannot be read: {error}") from error
 
 
-def _load_tokenizer(name: str, content: bytes | None, multilingual: bool) -> Tokenizer:
-    # The bindings of `tokenizers` raise bare Exceptions.
-    if content is not None:
-        try:
-            loaded = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:
-            raise ModelLoadError(f"{name}: tokenizer.json cannot be read: {error}") from error
-    else:
-        # Converted models without a tokenizer use OpenAI's.
-        original = "openai/whisper-tiny" if multilingual else "openai/whisper-tiny.en"
-        try:
-            loaded = tokenizers.Tokenizer.from_pretrained(original)
-        except Exception as error:
-            raise ModelLoadError(
-                f"{name}: has no tokenizer.json, and OpenAI's cannot be fetched from {original} "
-                f"({error}); copy the tokenizer.json of the original model into the directory"
-            ) from error
+def _read(name: str, content: bytes | BinaryIO) -> bytes:
+    if hasattr(content, "read"):
+        content = content.read()
+    if not isinstance(content, bytes):
+        raise OptionError(
+            f"files: {name!r} must be bytes or a file opened in binary mode, not "
+            f"{type(content).__name__}"
+        )
+    return content
+
+
+def _fetch_tokenizer(
+    name: str,
+    multilingual: bool,
+    cache_dir: str | PathLike[str] | None,
+    local_files_only: bool,
+) -> bytes:
+    """Return OpenAI's tokenizer.json, which converted models without one use."""
+    original = "openai/whisper-tiny" if multilingual else "openai/whisper-tiny.en"
+    try:
+        where = None if cache_dir is None else fspath(cache_dir)
+        # With local_files_only, hf_hub_download asks the hub about other things all the same.
+        path = huggingface_hub.try_to_load_from_cache(original, "tokenizer.json", where)
+        if not isinstance(path, str):
+            if local_files_only:
+                raise FileNotFoundError("it is not in the cache, and only local files are allowed")
+            path = huggingface_hub.hf_hub_download(original, "tokenizer.json", cache_dir=where)
+        return Path(path).read_bytes()
+    # See download_model.
+    except Exception as error:
+        raise ModelLoadError(
+            f"{name}: has no tokenizer.json, and OpenAI's cannot be fetched from {original} "
+            f"({_reason(error)}); copy the tokenizer.json of the original model into the directory"
+        ) from error
+
+
+def _load_tokenizer(content: bytes, multilingual: bool) -> Tokenizer:
+    try:
+        loaded = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the bindings raise no narrower class
+        raise ModelLoadError(f"tokenizer.json cannot be read: {error}") from error
     return Tokenizer(loaded, multilingual)
 
 
+def _check_ids(texts: Mapping[str, bytes], tokenizer: Tokenizer) -> None:
+    """Check that tokenizer and configuration mean the same ids as the model's vocabulary.
+
+    CTranslate2 has read the configuration and the vocabulary before, so that both are well-formed.
+    """
+    if "vocabulary.json" in texts:
+        vocabulary = json.loads(texts["vocabulary.json"])
+    else:
+        vocabulary = texts["vocabulary.txt"].decode(errors="replace").split("\n")
+    for index in (tokenizer.eot, tokenizer.sot, tokenizer.no_timestamps):
+        token = tokenizer.hf_tokenizer.id_to_token(index)
+        if vocabulary[index : index + 1] != [token]:
+            raise ModelLoadError(
+                f"tokenizer.json belongs to another model: {token} is {index} there, but not in "
+                "the vocabulary; copy the tokenizer.json of the original model into the directory"
+            )
+    config = json.loads(texts["config.json"])
+    if not isinstance(config, dict):
+        raise ModelLoadError("config.json: must hold a JSON object")
+    for key in (_SUPPRESS_FIRST, _LANGUAGES) if tokenizer.multilingual else (_SUPPRESS_FIRST,):
+        ids = config.get(key, False)
+        good = isinstance(ids, list) and all(index in range(len(vocabulary)) for index in ids)
+        # CTranslate2 takes null for an empty list.
+        if not good and ids is not None:
+            raise ModelLoadError(
+                f"config.json: {key} must be a list of token ids below {len(vocabulary)}"
+            )
+    if tokenizer.multilingual and not config[_LANGUAGES]:
+        raise ModelLoadError(f"config.json: {_LANGUAGES} of a multilingual model must not be empty")
+
+
 def _download_advice(name: str, repository: str, error: Exception) -> str:
+    if isinstance(error, huggingface_hub.errors.HFValidationError):
+        return f"{name}: no such directory, and not a hub id: {_reason(error)}"
+    if isinstance(error, huggingface_hub.errors.GatedRepoError):
+        return (
+            f"{name}: the hub gives {repository!r} only to users who have accepted its conditions; "
+            "do so on its page, and pass use_auth_token"
+        )
     if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
         return (
-            f"{name}: the hub has no public model {repository!r}; check the spelling, or pass "
-            "use_auth_token for a private one"
+            f"{name}: no such directory, and the hub has no public model {repository!r}; check the "
+            "spelling, or pass use_auth_token for a private one"
         )
     if isinstance(error, huggingface_hub.errors.RevisionNotFoundError):
         return f"{name}: {repository} has no such revision on the hub"
-    reason = str(error).strip().splitlines()
     return (
         f"{name}: not in the cache, and cannot be fetched from the hub "
-        f"({type(error).__name__}: {reason[0] if reason else 'no details'}). To use it without a "
+        f"({type(error).__name__}: {_reason(error)}). To use it without a "
         f"network, run `hf download {repository} --local-dir DIR` on a machine that has one, "
         "copy DIR here, and give its path as the model; the embedded model 'pico' needs nothing"
     )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -13,6 +13,8 @@ import ctranslate2
 
 __all__ = ["cpu_name", "usable_cores", "why_no_gpu"]
 
+_CPUINFO = Path("/proc/cpuinfo")
+_CGROUP_MEMBERSHIPS = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -33,7 +35,7 @@ def usable_cores() -> int:
 def cpu_name() -> str:
     """Return the name of the processor, as the operating system gives it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 return value.strip()
@@ -61,7 +63,7 @@ def why_no_gpu() -> str | None:
 def _cgroup_quota() -> float | None:
     """Return the CPU quota of this process's control groups in cores; None without one."""
     try:
-        memberships = Path("/proc/self/cgroup").read_text().splitlines()
+        memberships = os.fsdecode(_CGROUP_MEMBERSHIPS.read_bytes()).splitlines()
     except OSError:
         return None
     quotas = []
@@ -70,7 +72,8 @@ def _cgroup_quota() -> float | None:
         if not controllers:
             root, read = _CGROUP_ROOT, _read_quota_v2
         elif "cpu" in controllers.split(","):
-            root, read = _CGROUP_ROOT / controllers, _read_quota_v1
+            # Where it is mounted with others, the controller alone is a link to them.
+            root, read = _CGROUP_ROOT / "cpu", _read_quota_v1
         else:
             continue
         # The strictest of the group and its parents holds. Inside a container the path may not

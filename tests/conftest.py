@@ -1,0 +1,45 @@
+"""What all tests share: no network, the recordings, and fast tests first."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# huggingface_hub reads these when it is imported: no test reaches the hub or the user's cache.
+_empty_cache = tempfile.TemporaryDirectory(prefix="speechrnt-hub-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = _empty_cache.name
+
+TESTS = Path(__file__).parent
+SLOW_LAST = ["test_packaging", "test_parity"]
+
+# These run against an installed wheel, away from the sources: see test_packaging.py.
+collect_ignore = ["wheel"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(SLOW_LAST, start=1)}
+    items.sort(key=lambda item: order.get(item.path.stem, 0))
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """The directory of the short recordings that the package's own model understands."""
+    return TESTS / "samples"
+
+
+@pytest.fixture(scope="session")
+def manifest(samples) -> list[dict]:
+    """What is said in each of `samples`: dicts with file, lang, text, english and seconds."""
+    return json.loads((samples / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def human_audio() -> Path:
+    """The directory of human recordings, which are not part of the repository."""
+    path = TESTS.parent.parent / "shared" / "audio"
+    if not path.is_dir():
+        pytest.skip("needs human recordings in ../shared/audio beside the repository")
+    return path

@@ -1,0 +1,817 @@
+"""Models: where they come from, what they declare, and how it is said that one cannot be used."""
+
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import types
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import ctranslate2
+import faster_whisper.utils
+import huggingface_hub
+import numpy as np
+import pytest
+from ctranslate2.specs import TransformerDecoderModelSpec
+from hub import Hub, Repository, start_client
+
+from speechrnt import WhisperModel
+from speechrnt.errors import ModelLoadError, ModelNotFoundError, OptionError
+from speechrnt.models import (
+    EMBEDDED_MODELS,
+    HUB_MODELS,
+    Capabilities,
+    available_models,
+    download_model,
+    load_model,
+    resolve_compute_type,
+    resolve_device,
+)
+
+PICO = EMBEDDED_MODELS["pico"]
+REQUIRED_FILES = ["config.json", "model.bin", "vocabulary.json"]
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A copy of the embedded model that a test may damage."""
+    return shutil.copytree(PICO, tmp_path / "my model")
+
+
+@pytest.fixture(scope="module")
+def contents() -> dict[str, bytes]:
+    """The files of the embedded model."""
+    return {path.name: path.read_bytes() for path in PICO.iterdir()}
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that makes CTranslate2 see a number of GPUs, which support `types`.
+
+    It returns the arguments of each model loaded from then on, which go to the CPU all the same.
+    """
+    load = ctranslate2.models.Whisper
+    loaded = []
+
+    def supported(device, device_index=0):
+        assert device == "cpu" or device_index < ctranslate2.get_cuda_device_count()
+        return kinds[device]
+
+    def whisper(path, **arguments):
+        loaded.append(arguments)
+        return load(path, device="cpu", files=arguments["files"])
+
+    def install(count, types=("float32", "float16", "int8", "int8_float16")):
+        kinds["cuda"] = set(types)
+        monkeypatch.setattr(ctranslate2, "get_cuda_device_count", lambda: count)
+        return loaded
+
+    kinds = {"cpu": {"float32", "int8", "int8_float32"}}
+    monkeypatch.setattr(ctranslate2, "get_supported_compute_types", supported)
+    monkeypatch.setattr(ctranslate2.models, "Whisper", whisper)
+    return install
+
+
+def load(*arguments, **options):
+    # Threads would only wait for each other.
+    return load_model(*arguments, cpu_threads=1, **options)
+
+
+def failure(error, *arguments, **options) -> str:
+    """Return what `load_model` says when it fails with exactly this class of error."""
+    with pytest.raises(error) as caught:
+        load_model(*arguments, **{"cpu_threads": 1, **options})
+    assert caught.type is error
+    return str(caught.value)
+
+
+def write_json(path, document):
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+# Names
+
+
+def test_the_names_are_the_embedded_model_and_those_of_faster_whisper():
+    assert available_models() == ["pico", *faster_whisper.available_models()]
+    assert len(HUB_MODELS) == 19
+    assert HUB_MODELS == faster_whisper.utils._MODELS
+
+
+def test_the_embedded_model_is_the_default():
+    for function in (load_model, WhisperModel):
+        assert "pico" in [p.default for p in inspect.signature(function).parameters.values()]
+    model = load_model()
+    assert model.name == "pico"
+    assert model.n_mels == 80
+    assert model.is_multilingual
+    assert model.tokenizer.languages == ("de", "en", "es", "fr")
+
+
+def test_the_embedded_model_declares_what_it_can_do():
+    assert load("pico").capabilities == Capabilities(
+        variable_context=True, max_window_s=10.0, margin_s=0.5, max_prompt_tokens=12
+    )
+
+
+def test_the_embedded_model_is_never_downloaded(tmp_path):
+    assert download_model("pico", output_dir=tmp_path / "out") == str(PICO)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loaded_model_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        load().name = "other"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *[
+            "",
+            "pic",
+            "Tiny",
+            "huge",
+            "x" * 5000,
+            "a\0b",
+            "owner/",
+            "/name",
+            "-x/y",
+            "../up",
+            "./here",
+        ],
+        *["~nobody-of-this-name/model", "a/b/c", "C:\\models\\tiny", "owner/..", "own--er/name"],
+    ],
+)
+def test_an_unknown_name_is_not_found(name):
+    message = failure(ModelNotFoundError, name)
+    assert name in message or repr(name) in message
+    assert "no such directory" in message
+
+
+@pytest.mark.parametrize("name", ["huge", "./here", Path("pico"), Path("tiny")])
+def test_what_is_neither_name_nor_directory_gets_the_list_of_names(name):
+    message = failure(ModelNotFoundError, name)
+    assert ", ".join(available_models()) in message
+
+
+def test_no_test_of_this_suite_reaches_the_hub(monkeypatch):
+    def refuse(*arguments):
+        pytest.fail(f"tried to connect to {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    message = failure(ModelNotFoundError, "tiny")
+    assert "hf download Systran/faster-whisper-tiny --local-dir DIR" in message
+    assert "'pico' needs nothing" in message
+
+
+# Directories
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_directory_loads_by_path(copy, kind):
+    model = load(kind(copy))
+    assert model.name == str(copy)
+    assert model.capabilities == load().capabilities
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_may_start_at_the_home_directory(copy, kind, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert load(kind("~/my model")).tokenizer.languages == ("de", "en", "es", "fr")
+
+
+@pytest.mark.parametrize("name", ["./m", "m", "sub/m"])
+def test_a_path_may_be_relative(copy, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    copy.rename(tmp_path / name)
+    assert load(name).name == name
+
+
+def test_the_embedded_name_means_the_embedded_model_even_beside_a_directory(tmp_path, monkeypatch):
+    (tmp_path / "pico").mkdir()
+    monkeypatch.chdir(tmp_path)
+    load("pico")
+    assert "config.json, model.bin" in failure(ModelLoadError, Path("pico"))
+    assert "config.json, model.bin" in failure(ModelLoadError, "./pico")
+
+
+def test_a_directory_comes_before_a_hub_name(copy, monkeypatch):
+    copy.rename(copy.parent / "tiny")
+    monkeypatch.chdir(copy.parent)
+    assert load("tiny").is_multilingual
+
+
+def test_a_file_does_not_hide_a_hub_name(tmp_path, monkeypatch):
+    (tmp_path / "tiny").touch()
+    monkeypatch.chdir(tmp_path)
+    assert "the hub" in failure(ModelNotFoundError, "tiny")
+
+
+def test_a_vocabulary_may_be_a_text_file(copy, samples):
+    tokens = json.loads((copy / "vocabulary.json").read_text(encoding="utf-8"))
+    (copy / "vocabulary.json").unlink()
+    (copy / "vocabulary.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    segments, _ = WhisperModel(copy, cpu_threads=1).transcribe(samples / "s01_en.wav")
+    assert "".join(segment.text for segment in segments) == " Two five one."
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/at/all"])
+def test_a_directory_that_does_not_exist_is_not_found(name, tmp_path):
+    message = failure(ModelNotFoundError, tmp_path / name)
+    assert str(tmp_path / name) in message
+    assert "no such directory; give the directory that holds config.json" in message
+
+
+def test_a_file_in_place_of_the_directory_is_not_found(copy):
+    message = failure(ModelNotFoundError, copy / "model.bin")
+    assert message.startswith(f"{copy / 'model.bin'}: is a file; give the directory")
+
+
+def test_an_empty_directory_is_no_model(tmp_path):
+    message = failure(ModelLoadError, tmp_path)
+    assert f"{tmp_path}: not a Whisper model" in message
+    assert "config.json, model.bin, vocabulary.* missing; convert one with ct2-" in message
+
+
+@pytest.mark.parametrize("name", REQUIRED_FILES)
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    message = failure(ModelLoadError, copy)
+    assert str(copy) in message
+    assert f"{Path(name).stem}." in message
+    assert "missing; convert one with ct2-transformers-converter" in message
+
+
+@pytest.mark.parametrize("name", [*REQUIRED_FILES, "tokenizer.json", "speechrnt.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[:100], id="first_100_bytes"),
+        pytest.param(lambda content: content[: len(content) // 2], id="first_half"),
+        pytest.param(lambda content: content[:-10], id="end_cut_off"),
+        pytest.param(lambda content: b"\xff\xfe{not this" * 99, id="other_bytes"),
+    ],
+)
+def test_a_damaged_file_is_a_load_error(copy, name, damage):
+    path = copy / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert str(copy) in failure(ModelLoadError, copy)
+
+
+@pytest.mark.parametrize("name", [*REQUIRED_FILES, "tokenizer.json"])
+def test_a_directory_in_place_of_a_file_is_a_load_error(copy, name):
+    (copy / name).unlink()
+    (copy / name).mkdir()
+    assert str(copy) in failure(ModelLoadError, copy)
+
+
+def test_a_directory_that_may_not_be_read_is_a_load_error(copy, monkeypatch):
+    # Permissions would not stop root.
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    message = failure(ModelLoadError, copy)
+    assert f"{copy}: cannot be read: " in message
+    assert "Permission denied" in message
+
+
+@pytest.mark.parametrize("config", [[], None, 3, "text"])
+def test_a_configuration_that_is_not_an_object_is_a_load_error(copy, config):
+    write_json(copy / "config.json", config)
+    assert "config.json: must hold a JSON object" in failure(ModelLoadError, copy)
+
+
+# CTranslate2 would crash, or fail much later, on each of these.
+@pytest.mark.parametrize("key", ["suppress_ids_begin", "lang_ids"])
+@pytest.mark.parametrize("value", [[999_999], [-1], ["<|en|>"], [0.5], 5, "all", {}, "missing"])
+def test_a_configuration_with_wrong_ids_is_a_load_error(copy, key, value):
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config[key] = value
+    if value == "missing":
+        del config[key]
+    write_json(copy / "config.json", config)
+    message = failure(ModelLoadError, copy)
+    assert f"config.json: {key} must be a list of token ids below 2281" in message
+
+
+@pytest.mark.parametrize("value", [[], None])
+def test_a_multilingual_model_without_languages_is_a_load_error(copy, value):
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    write_json(copy / "config.json", {**config, "lang_ids": value})
+    assert "config.json: lang_ids of a multilingual model" in failure(ModelLoadError, copy)
+
+
+def test_a_model_that_suppresses_nothing_loads(copy, samples):
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    write_json(copy / "config.json", {**config, "suppress_ids": None, "suppress_ids_begin": None})
+    segments, _ = WhisperModel(copy, cpu_threads=1).transcribe(samples / "s01_en.wav")
+    assert "".join(segment.text for segment in segments) == " Two five one."
+
+
+def test_another_kind_of_model_is_a_load_error(tmp_path):
+    def normal(spec):
+        spec.gamma, spec.beta = np.ones(8, np.float32), np.zeros(8, np.float32)
+
+    def linear(spec, outputs, inputs):
+        spec.weight = np.zeros((outputs, inputs), np.float32)
+        spec.bias = np.zeros(outputs, np.float32)
+
+    spec = TransformerDecoderModelSpec.from_config(num_layers=1, num_heads=2)
+    decoder, layer = spec.decoder, spec.decoder.layer[0]
+    decoder.scale_embeddings = False
+    decoder.embeddings.weight = np.zeros((3, 8), np.float32)
+    decoder.position_encodings.encodings = np.zeros((4, 8), np.float32)
+    for part in (decoder, layer.self_attention, layer.ffn):
+        normal(part.layer_norm)
+    linear(layer.self_attention.linear[0], 24, 8)
+    linear(layer.self_attention.linear[1], 8, 8)
+    linear(layer.ffn.linear_0, 16, 8)
+    linear(layer.ffn.linear_1, 8, 16)
+    linear(decoder.projection, 3, 8)
+    spec.register_vocabulary(["<s>", "</s>", "<unk>"])
+    spec.validate()
+    spec.optimize()
+    spec.save(str(tmp_path))
+    ctranslate2.Generator(str(tmp_path))
+
+    message = failure(ModelLoadError, tmp_path)
+    assert message.startswith(f"{tmp_path}: CTranslate2 cannot load this as a Whisper model")
+
+
+@pytest.mark.parametrize("n_mels", [40, 0, 256])
+def test_a_model_of_other_mel_bands_is_a_load_error(monkeypatch, n_mels):
+    whisper = types.SimpleNamespace(n_mels=n_mels, is_multilingual=True)
+    monkeypatch.setattr(ctranslate2.models, "Whisper", lambda *_, **__: whisper)
+    message = failure(ModelLoadError)
+    assert message == f"pico: the model takes {n_mels} mel bands, not 80 or 128"
+
+
+# Tokenizer
+
+
+def test_the_tokenizer_of_another_model_is_a_load_error(copy):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in tokenizer["added_tokens"]:
+        token["id"] += 1
+    tokenizer["model"]["vocab"]["one more"] = 768
+    write_json(copy / "tokenizer.json", tokenizer)
+    message = failure(ModelLoadError, copy)
+    assert f"{copy}: tokenizer.json belongs to another model: <|endoftext|> is 769" in message
+    assert "copy the tokenizer.json of the original model" in message
+
+
+@pytest.mark.parametrize("tokens", [0, 100, 779])
+def test_the_vocabulary_of_another_model_is_a_load_error(copy, tokens):
+    vocabulary = json.loads((copy / "vocabulary.json").read_text(encoding="utf-8"))
+    write_json(copy / "vocabulary.json", vocabulary[:tokens])
+    assert "tokenizer.json belongs to another model" in failure(ModelLoadError, copy)
+
+
+def test_a_tokenizer_that_is_not_whispers_is_a_load_error(copy):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    write_json(copy / "tokenizer.json", {**tokenizer, "added_tokens": []})
+    message = failure(ModelLoadError, copy)
+    assert f"{copy}: the tokenizer has no <|startoftranscript|>" in message
+
+
+@pytest.mark.parametrize("options", [{}, {"local_files_only": True}])
+def test_a_missing_tokenizer_that_cannot_be_fetched_is_a_load_error(copy, options):
+    (copy / "tokenizer.json").unlink()
+    message = failure(ModelLoadError, copy, **options)
+    assert f"{copy}: has no tokenizer.json" in message
+    assert "openai/whisper-tiny" in message
+    assert "copy the tokenizer.json of the original model into the directory" in message
+
+
+# What a model declares
+
+
+def test_a_model_that_declares_nothing_has_the_defaults(copy):
+    (copy / "speechrnt.json").unlink()
+    assert load(copy).capabilities == Capabilities(
+        variable_context=False, max_window_s=30.0, margin_s=0.0, max_prompt_tokens=223
+    )
+
+
+@pytest.mark.parametrize("text", ["{}", b"{}", '{"name": "x", "languages": ["en"], "v": null}'])
+def test_other_keys_of_a_declaration_are_ignored(text):
+    assert Capabilities.from_json(text) == Capabilities()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("variable_context", value) for value in (False, True)],
+        *[("max_window_s", value) for value in (1, 1.5, 30, 30.0)],
+        *[("margin_s", value) for value in (0, 0.25, 30)],
+        *[("max_prompt_tokens", value) for value in (0, 12, 223)],
+    ],
+)
+def test_a_declaration_is_read(copy, key, value):
+    write_json(copy / "speechrnt.json", {key: value})
+    assert load(copy).capabilities == Capabilities(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("variable_context", value) for value in (0, 1, "true", None, [])],
+        *[("max_window_s", value) for value in (0, 0.9, 30.1, -5, "10", None, True, float("nan"))],
+        *[("margin_s", value) for value in (-0.1, 30.1, "0", None, False, float("inf"))],
+        *[("max_prompt_tokens", value) for value in (-1, 224, 1.5, 12.0, "12", None, True)],
+    ],
+)
+def test_an_invalid_declaration_is_a_load_error_that_names_the_key(copy, key, value):
+    write_json(copy / "speechrnt.json", {key: value})
+    message = failure(ModelLoadError, copy)
+    assert message.startswith(f"{copy}: speechrnt.json: {key} must be ")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        (b"\xff", "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ("null", "must hold a JSON object"),
+    ],
+)
+def test_a_declaration_that_cannot_be_read_is_a_load_error(text, complaint):
+    with pytest.raises(ModelLoadError, match=f"speechrnt.json: {complaint}"):
+        Capabilities.from_json(text)
+
+
+# Files in memory
+
+
+@pytest.mark.parametrize("kind", [bytes, io.BytesIO])
+def test_a_model_loads_from_memory(contents, kind, samples):
+    files = types.MappingProxyType({name: kind(content) for name, content in contents.items()})
+    model = WhisperModel("in memory", files=files, cpu_threads=1)
+    segments, _ = model.transcribe(samples / "s01_en.wav")
+    assert "".join(segment.text for segment in segments) == " Two five one."
+
+
+def test_the_files_given_are_left_as_they_are(contents):
+    given = dict(contents)
+    model = load("in memory", files=given)
+    assert given == contents
+    assert model.name == "in memory"
+    assert model.capabilities == load().capabilities
+
+
+@pytest.mark.parametrize("missing", [*REQUIRED_FILES, "tokenizer.json"])
+def test_a_file_missing_in_memory_is_named(contents, missing):
+    given = {name: content for name, content in contents.items() if name != missing}
+    message = failure(ModelLoadError, "in memory", files=given)
+    assert message.startswith("in memory: ")
+    assert f"{Path(missing).stem}." in message
+
+
+def test_a_model_in_memory_needs_no_declaration(contents):
+    given = {name: contents[name] for name in (*REQUIRED_FILES, "tokenizer.json")}
+    assert load("in memory", files=given).capabilities == Capabilities()
+
+
+@pytest.mark.parametrize("content", ["{}", io.StringIO("{}"), None, bytearray(b"{}")])
+def test_a_file_in_memory_that_is_not_bytes_is_an_option_error(contents, content):
+    message = failure(OptionError, "m", files={**contents, "config.json": content})
+    assert message.startswith("files: 'config.json' must be bytes or a file opened in binary mode")
+
+
+# Device and options
+
+
+def test_auto_takes_the_gpu_if_there_is_one(gpus):
+    gpus(0)
+    assert resolve_device("auto") == "cpu"
+    gpus(1)
+    assert resolve_device("auto") == "cuda"
+    assert resolve_device("cpu") == "cpu"
+    assert resolve_device("cuda") == "cuda"
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "CPU", "cuda:0", None, 0])
+def test_an_unknown_device_is_an_option_error(device):
+    message = failure(OptionError, device=device)
+    assert message == f"device: {device!r} is unknown; use one of auto, cpu, cuda"
+
+
+def test_cuda_without_a_gpu_is_an_option_error(gpus):
+    gpus(0)
+    assert failure(OptionError, device="cuda") == (
+        "device: CTranslate2 sees no CUDA device; use 'cpu' or 'auto'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("supported", "chosen"),
+    [
+        (["float32", "float16", "bfloat16", "int8", "int8_float16"], "float16"),
+        (["float32", "bfloat16"], "bfloat16"),
+        (["float32", "int8", "int8_float32"], "float32"),
+    ],
+)
+def test_auto_compute_type_on_a_gpu_keeps_the_accuracy(gpus, supported, chosen):
+    gpus(1, supported)
+    assert resolve_compute_type("auto", "cuda") == chosen
+
+
+def test_auto_compute_type_on_the_cpu_is_int8(gpus):
+    gpus(0)
+    assert resolve_compute_type("auto", "cpu") == "int8_float32"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_default_compute_type_is_left_to_ctranslate2(gpus, device):
+    gpus(1)
+    assert resolve_compute_type("default", device) == "default"
+
+
+@pytest.mark.parametrize("compute_type", ["int4", "float16", "INT8", "", None, {"cpu": "int8"}])
+def test_an_unsupported_compute_type_is_an_option_error_that_lists_the_others(gpus, compute_type):
+    gpus(0)
+    message = failure(OptionError, compute_type=compute_type)
+    assert message == (
+        f"compute_type: {compute_type!r} is not supported on cpu; use one of default, auto, "
+        "float32, int8, int8_float32"
+    )
+
+
+@pytest.mark.parametrize("compute_type", ["default", "auto", "float32", "int8", "int8_float32"])
+def test_a_model_loads_in_every_compute_type_of_the_cpu(compute_type):
+    model = load(device="cpu", compute_type=compute_type)
+    loaded = model.whisper.compute_type
+    assert loaded == (compute_type if "_" in compute_type else loaded)
+
+
+@pytest.mark.parametrize(
+    ("count", "index", "indices"), [(1, 0, [0]), (3, 2, [2]), (3, [0, 2], [0, 2])]
+)
+def test_a_model_is_loaded_onto_the_gpus_asked_for(gpus, count, index, indices):
+    loaded = gpus(count)
+    load_model(compute_type="auto", device_index=index, num_workers=2, cpu_threads=3)
+    [arguments] = loaded
+    assert arguments["device"] == "cuda"
+    assert arguments["device_index"] == indices
+    assert arguments["compute_type"] == "float16"
+    assert (arguments["inter_threads"], arguments["intra_threads"]) == (2, 3)
+
+
+@pytest.mark.parametrize("index", [2, -1, [0, 2], [], "0", [None], 0.5])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("compute_type", ["default", "auto"])
+def test_a_device_that_does_not_exist_is_an_option_error(gpus, index, device, compute_type):
+    gpus(2)
+    if index == 0.5:
+        index = [0.5]
+    message = failure(OptionError, device=device, device_index=index, compute_type=compute_type)
+    last = 1 if device == "cuda" else 0
+    assert message.startswith("device_index: must be a number or list of numbers from 0 to")
+    assert f"from 0 to {last} on {device}, not {index!r}" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[("cpu_threads", value) for value in (-1, 1.5, "2", None, True)],
+        *[("num_workers", value) for value in (0, -1, 1.5, "2", None, True)],
+    ],
+)
+def test_a_wrong_number_of_threads_is_an_option_error(option, value):
+    message = failure(OptionError, **{option: value})
+    assert re.fullmatch(rf"{option}: must be a whole number from [01], not {value!r}", message)
+
+
+def test_an_argument_that_ctranslate2_does_not_know_is_an_option_error():
+    message = failure(OptionError, colour="red")
+    assert message == "model_kwargs: ctranslate2.models.Whisper does not take {'colour': 'red'}"
+
+
+def test_arguments_for_ctranslate2_reach_it():
+    assert load(device="cpu", max_queued_batches=-1).whisper.device == "cpu"
+
+
+# The hub
+
+# Loads a model and transcribes with it, or says what went wrong.
+TRANSCRIBE = """
+import json
+import speechrnt
+name, options, audio = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+try:
+    model = speechrnt.WhisperModel(name, **options)
+except speechrnt.SpeechRNTError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+else:
+    segments, _ = model.transcribe(audio)
+    print(json.dumps(["text", "".join(segment.text for segment in segments)]))
+"""
+
+TEXT = ["text", " Two five one."]
+
+DOWNLOAD = """
+import json
+import speechrnt
+print(json.dumps(speechrnt.download_model(sys.argv[1], **json.loads(sys.argv[2]))))
+"""
+
+
+def answer(client):
+    """Return what a client printed."""
+    output, errors = client.communicate(timeout=100)
+    assert client.returncode == 0, errors
+    return json.loads(output)
+
+
+@pytest.fixture
+def transcribe(tmp_path, samples):
+    """A function that starts a client which transcribes with a model of the hub at an address."""
+
+    def start(url, name, home=tmp_path / "home", options=(), **variables):
+        arguments = [name, json.dumps(dict(options)), samples / "s01_en.wav"]
+        return start_client(TRANSCRIBE, *arguments, url=url, home=home, **variables)
+
+    return start
+
+
+@pytest.fixture
+def closed_port():
+    """An address where nobody answers."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [("tiny", "Systran/faster-whisper-tiny"), ("owner/my-pico", "owner/my-pico")],
+)
+def test_a_model_of_the_hub_is_downloaded_once(name, repository, contents, transcribe, closed_port):
+    others = {"README.md": b"hello", "pytorch_model.bin": b"x" * 10_000_000, "old/model.bin": b"y"}
+    with Hub({repository: Repository({"main": {**contents, **others}})}) as hub:
+        assert answer(transcribe(hub.url, name)) == TEXT
+        first = hub.fetched()
+        assert answer(transcribe(hub.url, name)) == TEXT
+        assert hub.fetched() == first
+    wanted = {"config.json", "model.bin", "preprocessor_config.json", "speechrnt.json"}
+    assert sorted(first) == sorted(wanted | {"tokenizer.json", "vocabulary.json"})
+
+    # Without the hub, the cache is enough.
+    assert answer(transcribe(closed_port, name)) == TEXT
+    assert answer(transcribe(closed_port, name, HF_HUB_OFFLINE="1")) == TEXT
+    only_local = {"local_files_only": True}
+    assert answer(transcribe(closed_port, name, options=only_local)) == TEXT
+
+
+def test_local_files_only_asks_the_hub_nothing(contents, copy, transcribe):
+    (copy / "tokenizer.json").unlink()
+    names = {"owner/model": "ModelNotFoundError", str(copy): "ModelLoadError"}
+    repositories = {
+        "owner/model": Repository({"main": contents}),
+        "openai/whisper-tiny": Repository({"main": contents}),
+    }
+    with Hub(repositories) as hub:
+        for name, error in names.items():
+            kind, message = answer(transcribe(hub.url, name, options={"local_files_only": True}))
+            assert kind == error
+            assert "not in the cache" in message
+            assert hub.requests == []
+
+
+def without(contents, name):
+    return {key: content for key, content in contents.items() if key != name}
+
+
+def test_a_model_without_tokenizer_gets_openais(contents, transcribe, tmp_path):
+    repositories = {
+        "owner/no-tokenizer": Repository({"main": without(contents, "tokenizer.json")}),
+        "openai/whisper-tiny": Repository({"main": contents}),
+    }
+    root = tmp_path / "root"
+    with Hub(repositories) as hub:
+        options = {"download_root": str(root)}
+        assert answer(transcribe(hub.url, "owner/no-tokenizer", options=options)) == TEXT
+        assert hub.fetched().count("tokenizer.json") == 1
+        asked = len(hub.requests)
+        options["local_files_only"] = True
+        assert answer(transcribe(hub.url, "owner/no-tokenizer", options=options)) == TEXT
+        assert len(hub.requests) == asked
+    assert sorted(path.name for path in root.glob("models--*")) == [
+        "models--openai--whisper-tiny",
+        "models--owner--no-tokenizer",
+    ]
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(contents, transcribe):
+    broken = {**contents, "speechrnt.json": b"oops"}
+    repository = Repository({"main": broken, "v1": contents})
+    with Hub({"owner/model": repository}) as hub:
+        for revision in ("v1", repository.commit("v1")):
+            options = {"revision": revision}
+            assert answer(transcribe(hub.url, "owner/model", options=options)) == TEXT
+        kind, message = answer(transcribe(hub.url, "owner/model"))
+        assert kind == "ModelLoadError"
+        assert message.startswith("owner/model: speechrnt.json: is not valid JSON")
+        kind, message = answer(transcribe(hub.url, "owner/model", options={"revision": "v2"}))
+    assert kind == "ModelNotFoundError"
+    assert message == "owner/model: owner/model has no such revision on the hub"
+
+
+def test_a_model_can_be_downloaded_into_a_directory(contents, tmp_path):
+    out = tmp_path / "out"
+    options = json.dumps({"output_dir": str(out)})
+    with Hub({HUB_MODELS["base.en"]: Repository({"main": contents})}) as hub:
+        client = start_client(DOWNLOAD, "base.en", options, url=hub.url, home=tmp_path / "home")
+        assert answer(client) == str(out)
+    assert {path.name for path in out.iterdir() if path.is_file()} == set(contents) - {"CARD.md"}
+    assert load(out).is_multilingual
+
+
+@pytest.mark.parametrize("token", [None, "wrong", "secret"])
+def test_a_private_model_needs_its_token(contents, transcribe, token):
+    with Hub({"owner/model": Repository({"main": contents}, token="secret")}) as hub:
+        options = {"use_auth_token": token}
+        outcome = answer(transcribe(hub.url, "owner/model", options=options))
+    if token == "secret":
+        assert outcome == TEXT
+    else:
+        assert outcome == ["ModelNotFoundError", no_such_model("owner/model")]
+
+
+def no_such_model(name):
+    return (
+        f"{name}: no such directory, and the hub has no public model '{name}'; check the "
+        "spelling, or pass use_auth_token for a private one"
+    )
+
+
+def test_a_model_with_conditions_is_said_to_have_them(contents, transcribe):
+    repository = Repository({"main": contents}, token="secret", gated=True)
+    with Hub({"owner/model": repository}) as hub:
+        kind, message = answer(transcribe(hub.url, "owner/model"))
+    assert kind == "ModelNotFoundError"
+    assert message.startswith("owner/model: the hub gives 'owner/model' only to users who have")
+    assert "use_auth_token" in message
+
+
+def test_a_repository_that_does_not_exist_is_not_found(transcribe):
+    with Hub({}) as hub:
+        outcome = answer(transcribe(hub.url, "owner/misspelt"))
+    assert outcome == ["ModelNotFoundError", no_such_model("owner/misspelt")]
+
+
+def test_a_repository_that_holds_no_converted_model_is_a_load_error(contents, transcribe):
+    original = {"config.json": b"{}", "pytorch_model.bin": b"x", "tokenizer.json": b"{}"}
+    with Hub({"openai/whisper-base": Repository({"main": original})}) as hub:
+        kind, message = answer(transcribe(hub.url, "openai/whisper-base"))
+    assert kind == "ModelLoadError"
+    assert "model.bin, vocabulary.* missing; convert one with ct2-transformers-conv" in message
+
+
+def test_without_hub_and_cache_it_says_how_to_get_the_model(transcribe, closed_port):
+    kind, message = answer(transcribe(closed_port, "small"))
+    assert kind == "ModelNotFoundError"
+    assert message.startswith("small: not in the cache, and cannot be fetched from the hub (")
+    assert "`hf download Systran/faster-whisper-small --local-dir DIR`" in message
+
+
+def test_a_download_goes_on_after_a_lost_connection(contents, transcribe):
+    with Hub({"owner/model": Repository({"main": contents})}, cut={"model.bin": 1}) as hub:
+        assert answer(transcribe(hub.url, "owner/model")) == TEXT
+        assert hub.fetched().count("model.bin") == 2
+
+
+def test_a_killed_download_can_be_made_again(contents, transcribe, closed_port):
+    repositories = {"owner/model": Repository({"main": contents})}
+    with Hub(repositories, stall={"model.bin"}) as hub:
+        client = transcribe(hub.url, "owner/model")
+        assert hub.stalled.wait(100)
+        client.kill()
+        client.communicate()
+    kind, message = answer(transcribe(closed_port, "owner/model"))
+    assert kind == "ModelNotFoundError"
+    assert "hf download owner/model" in message
+    with Hub(repositories) as hub:
+        assert answer(transcribe(hub.url, "owner/model")) == TEXT
+        assert "model.bin" in hub.fetched()
+
+
+def test_a_cache_that_cannot_be_written_is_said(contents, transcribe, tmp_path):
+    (tmp_path / "file").touch()
+    options = {"download_root": os.fspath(tmp_path / "file" / "root")}
+    with Hub({"owner/model": Repository({"main": contents})}) as hub:
+        kind, message = answer(transcribe(hub.url, "owner/model", options=options))
+    assert kind == "ModelNotFoundError"
+    assert "Not a directory" in message
