@@ -14,7 +14,8 @@ from .errors import (
     SpeechRNTError,
 )
 from .formats import format_timestamp
-from .models import available_models, download_model, load_model
+from .hub import available_models, download_model
+from .models import load_model
 from .results import Segment, TranscriptionInfo, TranscriptionOptions, Word
 from .transcribe import WhisperModel
 

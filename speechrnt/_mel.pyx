@@ -108,7 +108,7 @@ cdef const Isa *choose_isa(object wanted) except NULL:
 
 
 fill_tables()
-chosen_isa = choose_isa(os.environ.get("SPEECHRNT_ISA"))
+chosen_isa = choose_isa(os.environ.get("SPEECHRNT_ISA") or None)
 
 
 cdef inline const MelBank *bank_of(int n_mels) noexcept nogil:

@@ -41,6 +41,9 @@ _FULL_SCALE = {"int16": 2**15, "int32": 2**31, "float32": 1, "float64": 1}
 # Loud music stored as float may pass 1.0, but samples this large are integers in disguise.
 _IMPLAUSIBLE_PEAK = 8.0
 
+# Beyond, the power of the spectrum would overflow.
+_LARGEST_PEAK = 1e15
+
 _PCM_DTYPES = {"s16": "<i2", "s32": "<i4", "f32": "<f4", "mulaw": "u1", "alaw": "u1"}
 
 # How encoded files begin. PCM hardly ever does: as 16-bit samples, these are loud clicks. MPEG's
@@ -93,6 +96,16 @@ class Audio:
     samples: _Samples
     warnings: tuple[str, ...] = ()
     source: str = "array"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samples, np.ndarray) or self.samples.dtype != np.float32:
+            raise InvalidAudioError(
+                "samples must be a float32 array at 16 kHz; Audio.from_array makes one of others"
+            )
+        _check_shape(self.samples)
+        if not self.samples.flags.c_contiguous:
+            raise InvalidAudioError("samples must be contiguous; Audio.from_array makes them so")
+        _check_peak(self.samples)
 
     @property
     def duration(self) -> float:
@@ -338,39 +351,51 @@ def _to_float32(samples: NDArray[Any]) -> tuple[_Samples, tuple[str, ...]]:
         raise InvalidAudioError(
             f"samples must be a NumPy array, not {_type_name(samples)}: use numpy.asarray"
         )
+    if isinstance(samples, np.ma.MaskedArray):
+        raise InvalidAudioError("array with a mask: say what is there instead, with .filled(0)")
     dtype = samples.dtype.name
     if dtype not in _FULL_SCALE:
         raise InvalidAudioError(
             f"array of dtype {dtype}: samples must be one of {', '.join(_FULL_SCALE)}"
         )
-    if samples.ndim != 1:
-        raise InvalidAudioError(
-            f"array of shape {samples.shape}: pass the samples of one channel as a 1-D array; "
-            "of an array of shape (n, channels), audio[:, 0] picks the first channel and "
-            "audio.mean(axis=1, dtype='float32') averages floats"
-        )
+    _check_shape(samples)
     if dtype.startswith("int"):
         return np.multiply(samples, 1 / _FULL_SCALE[dtype], dtype=np.float32, order="C"), ()
 
     with np.errstate(over="ignore"):  # float64 beyond float32: reported below
         floats = np.ascontiguousarray(samples, dtype=np.float32)
-    if not floats.size:
-        return floats, ()
-    # Two reductions instead of isfinite() and abs(), which would each make a whole array.
-    low, high = floats.min(), floats.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        index = int(np.flatnonzero(~np.isfinite(floats))[0])
-        raise InvalidAudioError(
-            f"sample {index} of the array is {samples[index]}: samples must be finite float32 "
-            "numbers; find out where it comes from, or replace it with numpy.nan_to_num"
-        )
-    peak = max(-float(low), float(high))
+    peak = _check_peak(floats)
     if peak > _IMPLAUSIBLE_PEAK:
         return floats, (
             f"the samples reach {peak:.6g} where full scale is 1.0: if they are 16-bit integers "
             "stored as floats, divide them by 32768",
         )
     return floats, ()
+
+
+def _check_shape(samples: NDArray[Any]) -> None:
+    if samples.ndim != 1:
+        raise InvalidAudioError(
+            f"array of shape {samples.shape}: pass the samples of one channel as a 1-D array; "
+            "of an array of shape (n, channels), audio[:, 0] picks the first channel and "
+            "audio.mean(axis=1, dtype='float32') averages floats"
+        )
+
+
+def _check_peak(samples: _Samples) -> float:
+    """Return the largest magnitude, after a check that all samples can be computed with."""
+    if not samples.size:
+        return 0.0
+    # Two reductions instead of isfinite() and abs(), which would each make a whole array.
+    peak = max(-float(samples.min()), float(samples.max()))
+    if not peak <= _LARGEST_PEAK:  # NaN compares false
+        index = int(np.flatnonzero(~(np.abs(samples) <= _LARGEST_PEAK))[0])
+        raise InvalidAudioError(
+            f"sample {index} of the array is {samples[index]}: samples must be finite numbers, "
+            "and full scale is 1.0; find out where it comes from, or replace it with "
+            "numpy.nan_to_num"
+        )
+    return peak
 
 
 @cache

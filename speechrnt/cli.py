@@ -14,14 +14,14 @@ from typing import NoReturn
 
 import ctranslate2
 import huggingface_hub
-import huggingface_hub.utils
 from tqdm import tqdm
 
 from . import _mel
 from ._version import __version__
 from .errors import ModelError, OptionError, SpeechRNTError
 from .formats import WRITERS
-from .models import DEFAULT_MODEL, DEVICES, EMBEDDED_MODELS, HUB_MODELS
+from .hub import EMBEDDED_MODELS, HUB_MODELS
+from .models import DEFAULT_MODEL, DEVICES
 from .results import Segment
 from .system import cpu_name, usable_cores, why_no_gpu
 from .tokenizer import TASKS
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn recordings into text, in the order given. A file that cannot be "
         "transcribed is reported and does not stop the others.",
         epilog="Exit status: 0 if all files were transcribed, 1 if some were not, 2 if nothing "
-        "could be started (usage, model).",
+        "could be started (usage, model), 130 after an interrupt.",
     )
     transcribe.add_argument(
         "files",
@@ -171,8 +171,11 @@ def _transcribe(options: argparse.Namespace) -> int:
             return _fail(f"two of the files would be written to {output}; run them apart")
     if options.progress is None:
         options.progress = sys.stderr.isatty()
-    if not options.progress:
-        huggingface_hub.utils.disable_progress_bars()
+    if not options.progress and options.model not in EMBEDDED_MODELS:
+        # Imported here, as it brings an HTTP client that most processes never need.
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
     try:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -214,12 +217,12 @@ def _transcribe_file(
         if output is not None:
             # Nothing is written before the whole transcript is there.
             text = io.StringIO()
-            write(followed, info, text)
+            write(followed, info, text, str(file))
             output.write_text(text.getvalue(), encoding="utf-8")
             return
         if options.format == "text" and len(options.files) > 1:
             print(f"==> {file} <==", file=_AboveProgress())
-        write(followed, info, _AboveProgress())
+        write(followed, info, _AboveProgress(), str(file))
 
 
 class _AboveProgress(io.TextIOBase):

@@ -17,12 +17,12 @@ from .tokenizer import TIME_PRECISION, Tokenizer
 
 __all__ = [
     "MAX_LENGTH",
-    "MAX_NEW_TOKENS",
     "MAX_PROMPT_TOKENS",
     "DecodingResult",
     "Slice",
     "build_prompt",
     "compression_ratio",
+    "max_new_tokens",
     "parse_result",
     "search_arguments",
     "split_by_timestamps",
@@ -31,10 +31,7 @@ __all__ = [
 MAX_LENGTH = 448
 """Positions of the decoder: prompt and transcript together."""
 
-MAX_NEW_TOKENS = MAX_LENGTH // 2
-"""CTranslate2 stops a transcript here, whether or not it is finished."""
-
-MAX_PROMPT_TOKENS = MAX_NEW_TOKENS - 1
+MAX_PROMPT_TOKENS = MAX_LENGTH // 2 - 1
 """Most tokens of previous text that go before a transcript."""
 
 _FRAMES_PER_TIMESTAMP = 2
@@ -58,6 +55,8 @@ class DecodingResult:
         See `compression_ratio`.
     temperature
         What it was sampled at; 0 is beam search.
+    is_cut_off
+        Whether the model was stopped before it ended the transcript itself.
     """
 
     tokens: list[int]
@@ -66,11 +65,7 @@ class DecodingResult:
     no_speech_prob: float
     compression_ratio: float
     temperature: float
-
-    @property
-    def is_cut_off(self) -> bool:
-        """Whether the model was stopped before it ended the transcript itself."""
-        return len(self.tokens) >= MAX_NEW_TOKENS
+    is_cut_off: bool
 
 
 @dataclass(frozen=True)
@@ -140,13 +135,20 @@ def compression_ratio(text: str) -> float:
     return len(encoded) / len(zlib.compress(encoded))
 
 
+def max_new_tokens(prompt_length: int) -> int:
+    """Return after how many tokens CTranslate2 stops a transcript, finished or not."""
+    # The last token of the prompt is fed in the step that yields the first one of the transcript.
+    return min(MAX_LENGTH // 2, MAX_LENGTH - (prompt_length - 1))
+
+
 def parse_result(
     result: ctranslate2.models.WhisperGenerationResult,
     tokenizer: Tokenizer,
+    prompt_length: int,
     temperature: float,
     length_penalty: float,
 ) -> DecodingResult:
-    """Read CTranslate2's result of one window."""
+    """Read CTranslate2's result of one window, decoded from a prompt of so many tokens."""
     tokens = result.sequences_ids[0]
     # The score is the sum of the log probabilities divided by length ** length_penalty, where the
     # length does not count the end-of-text token though the sum does.
@@ -159,6 +161,7 @@ def parse_result(
         no_speech_prob=result.no_speech_prob,
         compression_ratio=compression_ratio(text),
         temperature=temperature,
+        is_cut_off=len(tokens) >= max_new_tokens(prompt_length),
     )
 
 

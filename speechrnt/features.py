@@ -46,10 +46,10 @@ _LOG10_SILENCE = np.float32(-10.0)
 class FeatureExtractor:
     """Whisper's log-mel spectrogram with faster-whisper's arithmetic.
 
-    The same NumPy operations in the same order, so that the features are equal to the last bit on
-    any machine. `_mel.log_mel` differs in the last bits and is many times as fast; but a quantised
-    model on audio it is unsure of turns such differences into other tokens, and the drop-in path
-    promises the same ones.
+    The same NumPy operations in the same order, so that the features are equal to the last bit
+    wherever both run. `_mel.log_mel` differs in the last bits and is many times as fast; but a
+    quantised model that is unsure of the audio turns such differences into other tokens, and the
+    drop-in path promises the same ones.
 
     Parameters
     ----------
@@ -96,14 +96,16 @@ class FeatureExtractor:
         padded = np.pad(samples, N_FFT // 2, mode="reflect")
         frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH][:-1]
         window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
-        log_mel = np.empty((self.feature_size, len(frames)), dtype=np.float32)
-        # In blocks: the intermediate arrays of an hour at once would take gigabytes.
-        blocks = max(len(frames) // WINDOW_FRAMES, 1)
-        for i in range(blocks):
-            end = (i + 1) * WINDOW_FRAMES if i + 1 < blocks else len(frames)
-            block = slice(i * WINDOW_FRAMES, end)
-            power = np.abs(np.fft.rfft(frames[block] * window)) ** 2
-            log_mel[:, block] = np.log10(np.maximum(self.mel_filters @ power.T, 1e-10))
+        # The spectra in blocks, as those of an hour at once would take gigabytes. The filters in
+        # one product, as the order in which BLAS sums may depend on the size of the matrices.
+        power = np.empty((len(frames), N_FFT // 2 + 1), dtype=np.float32)
+        for start in range(0, len(frames), WINDOW_FRAMES):
+            block = slice(start, start + WINDOW_FRAMES)
+            # NumPy before 2.0 transforms in double precision.
+            spectrum = np.fft.rfft(frames[block] * window).astype(np.complex64, copy=False)
+            power[block] = np.abs(spectrum) ** 2
+        log_mel = self.mel_filters @ power.T
+        np.log10(np.maximum(log_mel, 1e-10, out=log_mel), out=log_mel)
         np.maximum(log_mel, log_mel.max() - np.float32(8), out=log_mel)
         log_mel += np.float32(4)
         log_mel /= np.float32(4)

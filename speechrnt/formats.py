@@ -48,19 +48,24 @@ def format_timestamp(
     )
 
 
-def write_text(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text) -> None:
+def write_text(
+    segments: Iterable[Segment], info: TranscriptionInfo, file: _Text, name: str = ""
+) -> None:
     """Write the text, a line per segment."""
     for segment in segments:
         print(" ".join(_lines(segment)), file=file)
 
 
-def write_json(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text) -> None:
-    """Write everything known as one JSON object on one line.
+def write_json(
+    segments: Iterable[Segment], info: TranscriptionInfo, file: _Text, name: str = ""
+) -> None:
+    """Write everything known, and the recording's name, as one JSON object on one line.
 
     Where `file` has another encoding than UTF-8, what is not ASCII is written as JSON's escapes.
     """
     records = [asdict(segment) for segment in segments]
     document = {
+        "file": name,
         "language": info.language,
         "language_probability": info.language_probability,
         "duration": info.duration,
@@ -73,7 +78,9 @@ def write_json(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text
     print(json.dumps(document, ensure_ascii=ascii_only), file=file)
 
 
-def write_srt(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text) -> None:
+def write_srt(
+    segments: Iterable[Segment], info: TranscriptionInfo, file: _Text, name: str = ""
+) -> None:
     """Write SubRip subtitles."""
     for number, segment in enumerate(segments, start=1):
         # An arrow inside the text would be read as a timing line.
@@ -81,7 +88,9 @@ def write_srt(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text)
         print(f"{number}\n{_times(segment, ',')}\n{text}\n", file=file)
 
 
-def write_vtt(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text) -> None:
+def write_vtt(
+    segments: Iterable[Segment], info: TranscriptionInfo, file: _Text, name: str = ""
+) -> None:
     """Write WebVTT subtitles."""
     print("WEBVTT\n", file=file)
     for segment in segments:
@@ -89,13 +98,14 @@ def write_vtt(segments: Iterable[Segment], info: TranscriptionInfo, file: _Text)
         print(f"{_times(segment, '.')}\n{text}\n", file=file)
 
 
-WRITERS: dict[str, Callable[[Iterable[Segment], TranscriptionInfo, _Text], None]] = {
+WRITERS: dict[str, Callable[[Iterable[Segment], TranscriptionInfo, _Text, str], None]] = {
     "text": write_text,
     "json": write_json,
     "srt": write_srt,
     "vtt": write_vtt,
 }
-"""The writers by format name."""
+"""The writers by format name; they take segments, info, the file to write to, and the recording's
+name."""
 
 
 def _lines(segment: Segment) -> list[str]:

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
 import json
-import re
+import os
+import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import filter as matching
-from os import PathLike, fspath
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ctranslate2
-import huggingface_hub
-import huggingface_hub.errors
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
 from .decoding import MAX_PROMPT_TOKENS
-from .errors import ModelLoadError, ModelNotFoundError, OptionError
+from .errors import ModelError, ModelLoadError, ModelNotFoundError, OptionError
+from .hub import (
+    EMBEDDED_MODELS,
+    HUB_MODELS,
+    MODEL_FILES,
+    OPTIONAL_FILES,
+    WEIGHTS,
+    available_models,
+    download_model,
+    fetch_tokenizer,
+)
 from .tokenizer import Tokenizer
 
 __all__ = [
     "DEFAULT_MODEL",
     "Capabilities",
     "Model",
-    "available_models",
-    "download_model",
     "load_model",
     "resolve_compute_type",
     "resolve_device",
@@ -35,31 +44,6 @@ __all__ = [
 
 DEFAULT_MODEL = "pico"
 """Name of the embedded model."""
-
-EMBEDDED_MODELS = {"pico": Path(__file__).parent / "assets" / "pico"}
-
-# Where the converted models of the standard names live on the hub (faster-whisper, utils.py, MIT).
-HUB_MODELS = {
-    "tiny.en": "Systran/faster-whisper-tiny.en",
-    "tiny": "Systran/faster-whisper-tiny",
-    "base.en": "Systran/faster-whisper-base.en",
-    "base": "Systran/faster-whisper-base",
-    "small.en": "Systran/faster-whisper-small.en",
-    "small": "Systran/faster-whisper-small",
-    "medium.en": "Systran/faster-whisper-medium.en",
-    "medium": "Systran/faster-whisper-medium",
-    "large-v1": "Systran/faster-whisper-large-v1",
-    "large-v2": "Systran/faster-whisper-large-v2",
-    "large-v3": "Systran/faster-whisper-large-v3",
-    "large": "Systran/faster-whisper-large-v3",
-    "distil-large-v2": "Systran/faster-distil-whisper-large-v2",
-    "distil-medium.en": "Systran/faster-distil-whisper-medium.en",
-    "distil-small.en": "Systran/faster-distil-whisper-small.en",
-    "distil-large-v3": "Systran/faster-distil-whisper-large-v3",
-    "distil-large-v3.5": "distil-whisper/distil-large-v3.5-ct2",
-    "large-v3-turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
-    "turbo": "mobiuslabsgmbh/faster-whisper-large-v3-turbo",
-}
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -69,12 +53,6 @@ _AUTO_COMPUTE_TYPES = {
     "cpu": ("int8_float32", "int8", "float32"),
     "cuda": ("float16", "bfloat16", "float32"),
 }
-
-_WEIGHTS = "model.bin"
-_MODEL_FILES = ("config.json", _WEIGHTS, "vocabulary.*")
-_OPTIONAL_FILES = ("preprocessor_config.json", "speechrnt.json", "tokenizer.json")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 # Lists of token ids in config.json that CTranslate2 uses without looking whether they are there and
 # within the vocabulary: the second one only to detect the language.
@@ -130,7 +108,7 @@ class Capabilities:
             raise ModelLoadError(f"speechrnt.json: is not valid JSON: {error}") from error
         if not isinstance(declared, dict):
             raise ModelLoadError("speechrnt.json: must hold a JSON object")
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         return cls(**{key: value for key, value in declared.items() if key in known})
 
 
@@ -141,9 +119,47 @@ def _check_range(name: str, value: object, least: float, most: float) -> None:
         )
 
 
+class _Calls:
+    """The calls into CTranslate2 under way.
+
+    A daemon thread inside CTranslate2 while the interpreter goes away would crash the process, so
+    the exit waits for the calls under way, and no more are let in.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._closed = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._closed:
+                raise ModelError("the interpreter is exiting: no model can be used any more")
+            self._under_way += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._under_way -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._under_way)
+
+
+_calls = _Calls()
+atexit.register(_calls.close)
+# The threads that were inside are not in the child.
+os.register_at_fork(after_in_child=_calls.__init__)  # type: ignore[misc]
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A loaded model; immutable, and safe to use from any number of threads.
+
+    It belongs to the process that loaded it: CTranslate2's threads do not survive a fork, and a
+    forked child that uses the model gets a `ModelError`.
 
     Attributes
     ----------
@@ -161,6 +177,10 @@ class Model:
     whisper: ctranslate2.models.Whisper
     tokenizer: Tokenizer
     capabilities: Capabilities
+    _process: int = field(default_factory=os.getpid, init=False, repr=False)
+
+    def __reduce__(self) -> str:
+        raise ModelError(f"{self.name}: a model cannot be pickled; load it in each process")
 
     @property
     def n_mels(self) -> int:
@@ -186,32 +206,37 @@ class Model:
             On the model's device; on the CPU if the model is spread over several GPUs, since the
             next call may run on any of them.
         """
-        whisper = self.whisper
+        whisper = self._here()
         to_cpu = whisper.device == "cuda" and len(whisper.device_index) > 1
-        return whisper.encode(ctranslate2.StorageView.from_array(features), to_cpu=to_cpu)
+        with _calls:
+            return whisper.encode(ctranslate2.StorageView.from_array(features), to_cpu=to_cpu)
 
     def detect_language(self, encoding: ctranslate2.StorageView) -> list[tuple[str, float]]:
         """Return code and probability of every language in one encoded window, best first."""
-        [probabilities] = self.whisper.detect_language(encoding)
+        whisper = self._here()
+        with _calls:
+            [probabilities] = whisper.detect_language(encoding)
         return [(token[2:-2], probability) for token, probability in probabilities]
 
     def generate(
         self, encoding: ctranslate2.StorageView, prompts: list[list[int]], **options: Any
     ) -> list[ctranslate2.models.WhisperGenerationResult]:
         """Run the decoder; `options` are those of `ctranslate2.models.Whisper.generate`."""
-        results: list[ctranslate2.models.WhisperGenerationResult] = self.whisper.generate(
-            encoding, prompts, **options
-        )
+        whisper = self._here()
+        with _calls:
+            results: list[ctranslate2.models.WhisperGenerationResult] = whisper.generate(
+                encoding, prompts, **options
+            )
         return results
 
-
-def available_models() -> list[str]:
-    """Return the names that `load_model` knows, the embedded model first.
-
-    Besides these, any hub id (``"owner/name"``) and any local directory in CTranslate2's format can
-    be loaded.
-    """
-    return [*EMBEDDED_MODELS, *HUB_MODELS]
+    def _here(self) -> ctranslate2.models.Whisper:
+        """Return the model if it belongs to this process."""
+        if os.getpid() != self._process:
+            raise ModelError(
+                f"{self.name}: was loaded before this process was forked off; load it in the "
+                "child, or start processes with the 'spawn' method"
+            )
+        return self.whisper
 
 
 def load_model(
@@ -272,7 +297,11 @@ def load_model(
     OptionError
         If an option is unknown, out of range, or not supported here.
     """
-    name = fspath(model)
+    if not isinstance(model, (str, PathLike)):
+        raise OptionError(f"model: must be a name or a path, not {model!r}")
+    if not isinstance(files, (Mapping, type(None))):
+        raise OptionError(f"files: must map names to contents, not {files!r}")
+    name = os.fsdecode(model)
     device = resolve_device(device)
     indices = _checked_device_index(device_index, device)
     compute_type = resolve_compute_type(compute_type, device, indices[0])
@@ -298,8 +327,8 @@ def load_model(
             device=device,
             device_index=indices,
             compute_type=compute_type,
-            intra_threads=cpu_threads,
-            inter_threads=num_workers,
+            intra_threads=int(cpu_threads),
+            inter_threads=int(num_workers),
             files=in_memory,
             **model_kwargs,
         )
@@ -316,7 +345,7 @@ def load_model(
     multilingual = bool(whisper.is_multilingual)
     content = texts.get("tokenizer.json")
     if content is None:
-        content = _fetch_tokenizer(name, multilingual, download_root, local_files_only)
+        content = fetch_tokenizer(name, multilingual, download_root, local_files_only)
     try:
         tokenizer = _load_tokenizer(content, multilingual)
         _check_ids(texts, tokenizer)
@@ -327,64 +356,6 @@ def load_model(
     except ModelLoadError as error:
         raise ModelLoadError(f"{name}: {error}") from error
     return Model(name, whisper, tokenizer, capabilities)
-
-
-def download_model(
-    size_or_id: str,
-    output_dir: str | PathLike[str] | None = None,
-    local_files_only: bool = False,
-    cache_dir: str | PathLike[str] | None = None,
-    revision: str | None = None,
-    use_auth_token: str | bool | None = None,
-) -> str:
-    """Fetch a converted model from the hub and return its directory.
-
-    Parameters
-    ----------
-    size_or_id
-        A name from `available_models` or a hub id. The embedded model is never downloaded: its
-        directory in the package is returned.
-    output_dir
-        Put the files here instead of into the cache.
-    local_files_only
-        Only look into the cache.
-    cache_dir, revision, use_auth_token
-        As in `load_model`.
-
-    Raises
-    ------
-    ModelNotFoundError
-        If the name is unknown, or the files are neither in the cache nor to be had.
-    """
-    if size_or_id in EMBEDDED_MODELS:
-        return str(EMBEDDED_MODELS[size_or_id])
-    repository = HUB_MODELS.get(size_or_id, size_or_id)
-    if not _HUB_ID.fullmatch(repository):
-        raise ModelNotFoundError(
-            f"{size_or_id!r}: no model of this name and no such directory; use one of "
-            f"{', '.join(available_models())}, a hub id like 'owner/name', or the path of a "
-            "directory in CTranslate2's format"
-        )
-    arguments: dict[str, Any] = {}
-    if output_dir is not None:
-        arguments["local_dir"] = fspath(output_dir)
-    if cache_dir is not None:
-        arguments["cache_dir"] = fspath(cache_dir)
-    if use_auth_token is not None:
-        arguments["token"] = use_auth_token
-    try:
-        directory = huggingface_hub.snapshot_download(
-            repository,
-            revision=revision,
-            local_files_only=local_files_only,
-            allow_patterns=[*_MODEL_FILES, *_OPTIONAL_FILES],
-            **arguments,
-        )
-    # The hub client reports failures as its own errors, as OSError, and as those of its transport,
-    # which differs between its versions.
-    except Exception as error:
-        raise ModelNotFoundError(_download_advice(size_or_id, repository, error)) from error
-    return str(directory)
 
 
 def resolve_device(device: str) -> str:
@@ -450,13 +421,13 @@ def _checked_device_index(device_index: int | list[int], device: str) -> list[in
 
 
 def _check_count(option: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise OptionError(f"{option}: must be a whole number from {least}, not {value!r}")
 
 
 def _find(model: str | PathLike[str], **hub_arguments: Any) -> Path:
     """Return the directory of a model, fetching it if it is a name on the hub."""
-    name = fspath(model)
+    name = os.fsdecode(model)
     if name in EMBEDDED_MODELS and isinstance(model, str):
         return EMBEDDED_MODELS[name]
     try:
@@ -484,12 +455,13 @@ def _looks_like_path(name: str) -> bool:
 
 def _check_complete(place: str, names: Iterable[str]) -> None:
     names = list(names)
-    missing = [pattern for pattern in _MODEL_FILES if not matching(names, pattern)]
+    missing = [pattern for pattern in MODEL_FILES if not matching(names, pattern)]
     if missing:
         raise ModelLoadError(
             f"{place}: not a Whisper model in CTranslate2's format: {', '.join(missing)} "
-            "missing; convert one with ct2-transformers-converter, and copy its tokenizer.json and "
-            "preprocessor_config.json along"
+            "missing; load it again if its download was interrupted, or else convert a model with "
+            "ct2-transformers-converter, and copy its tokenizer.json and preprocessor_config.json "
+            "along"
         )
 
 
@@ -499,9 +471,9 @@ def _read_texts(directory: Path) -> dict[str, bytes]:
         _check_complete(str(directory), (path.name for path in directory.iterdir()))
         return {
             path.name: path.read_bytes()
-            for pattern in (*_MODEL_FILES, *_OPTIONAL_FILES)
+            for pattern in (*MODEL_FILES, *OPTIONAL_FILES)
             for path in directory.glob(pattern)
-            if path.name != _WEIGHTS and path.is_file()
+            if path.name != WEIGHTS and path.is_file()
         }
     except OSError as error:
         raise ModelLoadError(f"{directory}: cannot be read: {error}") from error
@@ -516,31 +488,6 @@ def _read(name: str, content: bytes | BinaryIO) -> bytes:
             f"{type(content).__name__}"
         )
     return content
-
-
-def _fetch_tokenizer(
-    name: str,
-    multilingual: bool,
-    cache_dir: str | PathLike[str] | None,
-    local_files_only: bool,
-) -> bytes:
-    """Return OpenAI's tokenizer.json, which converted models without one use."""
-    original = "openai/whisper-tiny" if multilingual else "openai/whisper-tiny.en"
-    try:
-        where = None if cache_dir is None else fspath(cache_dir)
-        # With local_files_only, hf_hub_download asks the hub about other things all the same.
-        path = huggingface_hub.try_to_load_from_cache(original, "tokenizer.json", where)
-        if not isinstance(path, str):
-            if local_files_only:
-                raise FileNotFoundError("it is not in the cache, and only local files are allowed")
-            path = huggingface_hub.hf_hub_download(original, "tokenizer.json", cache_dir=where)
-        return Path(path).read_bytes()
-    # See download_model.
-    except Exception as error:
-        raise ModelLoadError(
-            f"{name}: has no tokenizer.json, and OpenAI's cannot be fetched from {original} "
-            f"({_reason(error)}); copy the tokenizer.json of the original model into the directory"
-        ) from error
 
 
 def _load_tokenizer(content: bytes, multilingual: bool) -> Tokenizer:
@@ -580,31 +527,3 @@ def _check_ids(texts: Mapping[str, bytes], tokenizer: Tokenizer) -> None:
             )
     if tokenizer.multilingual and not config[_LANGUAGES]:
         raise ModelLoadError(f"config.json: {_LANGUAGES} of a multilingual model must not be empty")
-
-
-def _download_advice(name: str, repository: str, error: Exception) -> str:
-    if isinstance(error, huggingface_hub.errors.HFValidationError):
-        return f"{name}: no such directory, and not a hub id: {_reason(error)}"
-    if isinstance(error, huggingface_hub.errors.GatedRepoError):
-        return (
-            f"{name}: the hub gives {repository!r} only to users who have accepted its conditions; "
-            "do so on its page, and pass use_auth_token"
-        )
-    if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
-        return (
-            f"{name}: no such directory, and the hub has no public model {repository!r}; check the "
-            "spelling, or pass use_auth_token for a private one"
-        )
-    if isinstance(error, huggingface_hub.errors.RevisionNotFoundError):
-        return f"{name}: {repository} has no such revision on the hub"
-    return (
-        f"{name}: not in the cache, and cannot be fetched from the hub "
-        f"({type(error).__name__}: {_reason(error)}). To use it without a "
-        f"network, run `hf download {repository} --local-dir DIR` on a machine that has one, "
-        "copy DIR here, and give its path as the model; the embedded model 'pico' needs nothing"
-    )
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

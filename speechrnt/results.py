@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from .errors import OptionError
 
 __all__ = ["Segment", "TranscriptionInfo", "TranscriptionOptions", "Word"]
@@ -96,33 +98,53 @@ class TranscriptionOptions:
     hotwords: str | None
 
     def __post_init__(self) -> None:
-        self._check(Integral, 1, "beam_size", "best_of")
-        self._check(Integral, 0, "no_repeat_ngram_size")
-        self._check(Real, 0, "max_initial_timestamp")
-        self._check(Real, None, "length_penalty", "prompt_reset_on_temperature")
-        for name in ("patience", "repetition_penalty"):
-            self._check(Real, 0, name)
-            if getattr(self, name) == 0:
-                raise OptionError(f"{name}: must be more than 0")
-        for name in ("log_prob_threshold", "no_speech_threshold", "compression_ratio_threshold"):
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise OptionError(f"{name}: must be True or False, not {value!r}")
+        for name, (kind, least, most) in _NUMBERS.items():
+            _check_number(name, getattr(self, name), kind, least, most)
+        for name in _THRESHOLDS:
             if getattr(self, name) is not None:
-                self._check(Real, None, name)
+                _check_number(name, getattr(self, name), Real, -math.inf, math.inf)
+        if round(self.beam_size * self.patience) < 1:
+            raise OptionError(f"patience: {self.patience!r} of the beam is less than one candidate")
         if not self.temperatures:
             raise OptionError("temperature: give at least one")
         for temperature in self.temperatures:
-            _check_number("temperature", temperature, Real, 0)
+            _check_number("temperature", temperature, Real, 0, 100)
+            if 0 < temperature < _LEAST_TEMPERATURE:
+                raise OptionError(
+                    f"temperature: must be 0 or at least {_LEAST_TEMPERATURE}, not {temperature!r}"
+                )
 
-    def _check(self, kind: type, least: float | None, *names: str) -> None:
-        for name in names:
-            _check_number(name, getattr(self, name), kind, least)
+
+_FLAGS = ("condition_on_previous_text", "suppress_blank", "without_timestamps")
+
+# The upper bounds are far beyond what makes sense, and keep CTranslate2's arithmetic in range.
+_NUMBERS = {
+    "beam_size": (Integral, 1, 1000),
+    "best_of": (Integral, 1, 1000),
+    "no_repeat_ngram_size": (Integral, 0, 448),
+    "patience": (Real, 0, 100),
+    "length_penalty": (Real, -100, 100),
+    "repetition_penalty": (Real, 0.01, 100),
+    "max_initial_timestamp": (Real, 0, 30),
+    "prompt_reset_on_temperature": (Real, -math.inf, math.inf),
+}
+
+_THRESHOLDS = ("log_prob_threshold", "no_speech_threshold", "compression_ratio_threshold")
+
+# Below, the scaled scores overflow.
+_LEAST_TEMPERATURE = 0.001
 
 
-def _check_number(name: str, value: object, kind: type, least: float | None) -> None:
-    good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
-    if not good or (least is not None and value < least):  # type: ignore[operator]
-        what = "an integer" if kind is Integral else "a finite number"
-        bound = "" if least is None else f" of at least {least}"
-        raise OptionError(f"{name}: must be {what}{bound}, not {value!r}")
+def _check_number(name: str, value: object, kind: type, least: float, most: float) -> None:
+    # NaN compares false.
+    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most:  # type: ignore[operator]
+        what = "an integer" if kind is Integral else "a number"
+        bounds = "" if math.isinf(most) else f" from {least} to {most}"
+        raise OptionError(f"{name}: must be {what}{bounds}, not {value!r}")
 
 
 @dataclass

@@ -67,6 +67,7 @@ class SequentialDecoder:
         self._windows = windows
         self._options = options
         self._task = task
+        self._reduced_context = reduced_context
         capabilities = model.capabilities
         self._retry_in_full = reduced_context and not capabilities.variable_context
         self._max_prompt_tokens = (
@@ -109,6 +110,9 @@ class SequentialDecoder:
                     for piece in slices:
                         text = tokenizer.decode(piece.tokens)
                         start, end = window.start + piece.start, window.start + piece.end
+                        if self._reduced_context:
+                            # There, the model may well place a time in the margin.
+                            start, end = min(start, content_s), min(end, content_s)
                         if start == end or not text.strip():
                             continue
                         transcript += piece.tokens
@@ -203,7 +207,9 @@ class SequentialDecoder:
             max_initial_timestamp_index=round(options.max_initial_timestamp / TIME_PRECISION),
             **search_arguments(temperature, options.beam_size, options.patience, options.best_of),
         )
-        return parse_result(result, self._model.tokenizer, temperature, options.length_penalty)
+        return parse_result(
+            result, self._model.tokenizer, len(prompt), temperature, options.length_penalty
+        )
 
 
 def _is_repetitive(result: DecodingResult, options: TranscriptionOptions) -> bool:

@@ -6,7 +6,7 @@ state, so it may be shared by any number of threads and requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from numbers import Integral
 
@@ -29,6 +29,9 @@ LANGUAGES = tuple(
     "nl nn no oc pa pl ps pt ro ru sa sd si sk sl sn so sq sr su sv sw ta te tg th tk tl tr tt uk "
     "ur uz vi yi yo zh yue".split()
 )
+
+# From 0 to 30 s.
+_TIMESTAMPS = 1501
 
 # What Whisper never says at temperature 0 when `suppress_tokens` holds -1: brackets, speaker marks
 # and musical notes, each with and without a leading space (openai/whisper, `non_speech_tokens`).
@@ -104,7 +107,8 @@ class Tokenizer:
     @property
     def vocabulary_size(self) -> int:
         """Number of ids, special tokens and timestamps included."""
-        return self._tokenizer.get_vocab_size()
+        # The tokenizers of some converted models leave the timestamps out.
+        return max(self._tokenizer.get_vocab_size(), self.timestamp_begin + _TIMESTAMPS)
 
     def sot_sequence(self, language: str, task: str) -> list[int]:
         """Return the ids that open a transcript: start, and language and task if there are any.
@@ -132,26 +136,46 @@ class Tokenizer:
             )
         return [self.sot, self._required(f"<|{language}|>"), self._required(f"<|{task}|>")]
 
-    def checked_ids(self, option: str, tokens: object) -> list[int]:
+    def checked_ids(self, option: str, tokens: object, least: int = 0) -> list[int]:
         """Return `tokens` as a list of ids of this vocabulary.
+
+        Parameters
+        ----------
+        option
+            What the message of the error is to name.
+        tokens
+            Any iterable of integers.
+        least
+            The smallest number allowed.
 
         Raises
         ------
         OptionError
-            If one of them is not; the message names `option`.
+            If they are something else.
         """
-        if not isinstance(tokens, Iterable):
+        if not isinstance(tokens, Iterable) or isinstance(tokens, (str, bytes, Mapping)):
             raise OptionError(f"{option}: must be token ids, not {tokens!r}")
         size = self.vocabulary_size
         ids = []
         for token in tokens:
-            if not isinstance(token, Integral) or not 0 <= int(token) < size:
+            good = isinstance(token, Integral) and not isinstance(token, bool)
+            if not good or not least <= int(token) < size:
                 raise OptionError(f"{option}: {token!r} is not a token id below {size}")
             ids.append(int(token))
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without special tokens around them."""
+        """Return the ids of `text`, without special tokens around them.
+
+        Raises
+        ------
+        OptionError
+            If the text holds half a surrogate pair, which no encoding can express.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise OptionError(f"text that is not valid Unicode: {error}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -187,7 +211,7 @@ class Tokenizer:
                     tokens.add(ids[0])
         return frozenset(tokens)
 
-    def suppressed_tokens(self, tokens: Sequence[int] | None) -> tuple[int, ...]:
+    def suppressed_tokens(self, tokens: Iterable[int] | None) -> tuple[int, ...]:
         """Return the ids to suppress while decoding, sorted.
 
         Parameters
@@ -202,11 +226,12 @@ class Tokenizer:
         OptionError
             If one of them is not in the vocabulary.
         """
-        if not tokens:
+        ids = [] if tokens is None else self.checked_ids("suppress_tokens", tokens, least=-1)
+        if not ids:
             return ()
-        wanted = set(self.checked_ids("suppress_tokens", [t for t in tokens if t != -1]))
-        if -1 in tokens:
-            wanted |= self.non_speech_tokens
+        wanted = set(ids)
+        if -1 in wanted:
+            wanted = (wanted - {-1}) | self.non_speech_tokens
         special = (
             self.transcribe,
             self.translate,

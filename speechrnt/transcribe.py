@@ -174,7 +174,8 @@ class WhisperModel:
             A file (path or open in binary mode), samples as a NumPy array (16 kHz mono), raw PCM
             bytes (16 bit little endian, 16 kHz mono), or an `Audio` for anything else.
         language
-            Code such as ``"en"``; None detects it from the first window.
+            Code such as ``"en"``; None detects it from the first window. faster-whisper detects it
+            from one mel frame more than it decodes, which shows where there is little to recognise.
         task
             ``"transcribe"``, or ``"translate"`` to English.
         log_progress
@@ -211,7 +212,7 @@ class WhisperModel:
         max_initial_timestamp
             Latest start of the first segment of a window, in seconds.
         language_detection_threshold
-            Has no effect while the language is detected from one window.
+            Has no effect while the language is detected from one window, as in this version.
         audio_context
             How much of the encoder's 30 s to use. ``"full"``: all of it, as faster-whisper does.
             ``"auto"``: the length of the audio and a margin, in windows and with prompts no longer
@@ -243,8 +244,16 @@ class WhisperModel:
         """
         given = locals()
         for name, default in _UNAVAILABLE_OPTIONS.items():
-            if given[name] != default:
+            value = given[name]
+            if not isinstance(value, type(default)) or value != default:
                 raise NotImplementedError(f"{name}: not available in this version of speechrnt")
+        if not isinstance(log_progress, bool):
+            raise OptionError(f"log_progress: must be True or False, not {log_progress!r}")
+        if not isinstance(language_detection_threshold, (Real, type(None))):
+            raise OptionError(
+                "language_detection_threshold: must be a number or None, not "
+                f"{language_detection_threshold!r}"
+            )
 
         tokenizer = self._model.tokenizer
         warnings = []
@@ -339,14 +348,15 @@ class WhisperModel:
 
 def _context_floor(audio_context: object) -> float | None:
     """Return the least context in seconds that is asked for; None if it is the full one."""
-    if audio_context == "full":
-        return None
-    if audio_context == "auto":
-        return 0.0
-    if (
+    if isinstance(audio_context, str):
+        if audio_context == "full":
+            return None
+        if audio_context == "auto":
+            return 0.0
+    elif (
         isinstance(audio_context, Real)
         and not isinstance(audio_context, bool)
-        and 0 < float(audio_context) <= WINDOW_SECONDS
+        and 0 < audio_context <= WINDOW_SECONDS  # type: ignore[operator]
     ):
         return float(audio_context)
     raise OptionError(

@@ -20,7 +20,7 @@ from hub import Hub, Repository, start_client
 
 import speechrnt
 from speechrnt.cli import main
-from speechrnt.models import EMBEDDED_MODELS, available_models
+from speechrnt.hub import EMBEDDED_MODELS, available_models
 
 PYTHONS_VARIABLES = ("PYTHONIOENCODING", "PYTHONUNBUFFERED", "PYTHONUTF8")
 

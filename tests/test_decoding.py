@@ -3,25 +3,32 @@
 import zlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from speechrnt.decoding import (
-    MAX_NEW_TOKENS,
     MAX_PROMPT_TOKENS,
     build_prompt,
     compression_ratio,
+    max_new_tokens,
     parse_result,
     search_arguments,
     split_by_timestamps,
 )
-from speechrnt.models import EMBEDDED_MODELS, load_model
+from speechrnt.hub import EMBEDDED_MODELS
+from speechrnt.models import load_model
 
 T0 = 1000  # <|0.00|> in the hand-made transcripts
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_model(EMBEDDED_MODELS["pico"], "cpu").tokenizer
+def model():
+    return load_model(EMBEDDED_MODELS["pico"], "cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return model.tokenizer
 
 
 class TestBuildPrompt:
@@ -76,9 +83,9 @@ def test_compression_ratio_of_nothing_is_zero():
 
 
 class TestParseResult:
-    def parse(self, tokenizer, tokens, score, length_penalty=1.0):
+    def parse(self, tokenizer, tokens, score, length_penalty=1.0, prompt_length=3):
         raw = SimpleNamespace(sequences_ids=[tokens], scores=[score], no_speech_prob=0.25)
-        return parse_result(raw, tokenizer, 0.0, length_penalty)
+        return parse_result(raw, tokenizer, prompt_length, 0.0, length_penalty)
 
     def test_the_end_of_text_counts_in_the_average(self, tokenizer):
         # Four tokens with a mean of -1.5 have a sum of -6, which five tokens share.
@@ -92,9 +99,22 @@ class TestParseResult:
         result = self.parse(tokenizer, [], -0.5)
         assert (result.text, result.avg_logprob, result.compression_ratio) == ("", 0.0, 0.0)
 
-    def test_cut_off_at_the_limit(self, tokenizer):
-        assert self.parse(tokenizer, [1] * MAX_NEW_TOKENS, -1.0).is_cut_off
-        assert not self.parse(tokenizer, [1] * (MAX_NEW_TOKENS - 1), -1.0).is_cut_off
+    @pytest.mark.parametrize(("prompt_length", "limit"), [(3, 224), (228, 221)])
+    def test_cut_off_at_the_limit(self, tokenizer, prompt_length, limit):
+        options = {"prompt_length": prompt_length}
+        assert self.parse(tokenizer, [1] * limit, -1.0, **options).is_cut_off
+        assert not self.parse(tokenizer, [1] * (limit - 1), -1.0, **options).is_cut_off
+
+
+@pytest.mark.parametrize("length", [3, 4, 100, 224, 225, 226, 227, 228, 300])
+def test_max_new_tokens_is_where_ctranslate2_stops(model, tokenizer, length):
+    encoding = model.encode(np.zeros((1, 80, 100), dtype=np.float32))
+    sequence = tokenizer.sot_sequence("en", "transcribe")
+    before = [tokenizer.sot_prev, *[5] * (length - len(sequence) - 1)][: length - len(sequence)]
+    [result] = model.generate(
+        encoding, [before + sequence], beam_size=1, suppress_tokens=[tokenizer.eot]
+    )
+    assert len(result.sequences_ids[0]) == max_new_tokens(length)
 
 
 def at(seconds):

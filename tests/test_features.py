@@ -1,5 +1,10 @@
 """Windows of features: faster-whisper's to the last bit, and reduced ones."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from faster_whisper.feature_extractor import FeatureExtractor as PeerExtractor
@@ -36,6 +41,19 @@ class TestFeatureExtractor:
         audio[: samples // 3] *= 1e-4
         expected = PeerExtractor(feature_size=n_mels)(audio)
         np.testing.assert_array_equal(FeatureExtractor(n_mels)(audio), expected)
+
+    @pytest.mark.skipif(platform.machine() != "x86_64", reason="names a kernel for x86-64")
+    @pytest.mark.parametrize("kernel", ["Haswell", "Nehalem"])
+    def test_equal_with_other_kernels_of_blas(self, kernel):
+        program = """
+import numpy as np
+from faster_whisper.feature_extractor import FeatureExtractor as PeerExtractor
+from speechrnt.features import FeatureExtractor
+audio = np.random.default_rng(1).standard_normal(100 * 16000).astype(np.float32)
+np.testing.assert_array_equal(FeatureExtractor()(audio), PeerExtractor()(audio))
+"""
+        environment = {**os.environ, "OPENBLAS_CORETYPE": kernel}
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
     def test_the_native_kernel_agrees(self):
         audio = noise(7 * RATE)

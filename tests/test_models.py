@@ -21,12 +21,9 @@ from hub import Hub, Repository, start_client
 
 from speechrnt import WhisperModel
 from speechrnt.errors import ModelLoadError, ModelNotFoundError, OptionError
+from speechrnt.hub import EMBEDDED_MODELS, HUB_MODELS, available_models, download_model
 from speechrnt.models import (
-    EMBEDDED_MODELS,
-    HUB_MODELS,
     Capabilities,
-    available_models,
-    download_model,
     load_model,
     resolve_compute_type,
     resolve_device,
@@ -238,7 +235,7 @@ def test_a_file_in_place_of_the_directory_is_not_found(copy):
 def test_an_empty_directory_is_no_model(tmp_path):
     message = failure(ModelLoadError, tmp_path)
     assert f"{tmp_path}: not a Whisper model" in message
-    assert "config.json, model.bin, vocabulary.* missing; convert one with ct2-" in message
+    assert "config.json, model.bin, vocabulary.* missing; " in message
 
 
 @pytest.mark.parametrize("name", REQUIRED_FILES)
@@ -247,7 +244,7 @@ def test_a_missing_file_is_named(copy, name):
     message = failure(ModelLoadError, copy)
     assert str(copy) in message
     assert f"{Path(name).stem}." in message
-    assert "missing; convert one with ct2-transformers-converter" in message
+    assert "convert a model with ct2-transformers-converter" in message
 
 
 @pytest.mark.parametrize("name", [*REQUIRED_FILES, "tokenizer.json", "speechrnt.json"])
@@ -777,7 +774,7 @@ def test_a_repository_that_holds_no_converted_model_is_a_load_error(contents, tr
     with Hub({"openai/whisper-base": Repository({"main": original})}) as hub:
         kind, message = answer(transcribe(hub.url, "openai/whisper-base"))
     assert kind == "ModelLoadError"
-    assert "model.bin, vocabulary.* missing; convert one with ct2-transformers-conv" in message
+    assert "model.bin, vocabulary.* missing; " in message
 
 
 def test_without_hub_and_cache_it_says_how_to_get_the_model(transcribe, closed_port):
@@ -787,8 +784,11 @@ def test_without_hub_and_cache_it_says_how_to_get_the_model(transcribe, closed_p
     assert "`hf download Systran/faster-whisper-small --local-dir DIR`" in message
 
 
-def test_a_download_goes_on_after_a_lost_connection(contents, transcribe):
+def test_a_download_that_loses_its_connection_can_be_made_again(contents, transcribe):
     with Hub({"owner/model": Repository({"main": contents})}, cut={"model.bin": 1}) as hub:
+        # Newer versions of huggingface_hub go on by themselves.
+        first = answer(transcribe(hub.url, "owner/model"))
+        assert first == TEXT or first[0] == "ModelNotFoundError"
         assert answer(transcribe(hub.url, "owner/model")) == TEXT
         assert hub.fetched().count("model.bin") == 2
 
@@ -800,9 +800,10 @@ def test_a_killed_download_can_be_made_again(contents, transcribe, closed_port):
         assert hub.stalled.wait(100)
         client.kill()
         client.communicate()
+    # Older versions of huggingface_hub take what there is for the whole.
     kind, message = answer(transcribe(closed_port, "owner/model"))
-    assert kind == "ModelNotFoundError"
-    assert "hf download owner/model" in message
+    assert kind in ("ModelNotFoundError", "ModelLoadError")
+    assert "hf download owner/model" in message or "if its download was interrupted" in message
     with Hub(repositories) as hub:
         assert answer(transcribe(hub.url, "owner/model")) == TEXT
         assert "model.bin" in hub.fetched()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import speechrnt
-from speechrnt.models import EMBEDDED_MODELS
+from speechrnt.hub import EMBEDDED_MODELS
 
 PICO = str(EMBEDDED_MODELS["pico"])
 HUMAN = ["jfk.flac", "hotwords.mp3", "multilingual.mp3", "stereo_diarization.wav"]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechrnt.errors import ModelLoadError, OptionError
-from speechrnt.models import EMBEDDED_MODELS
+from speechrnt.hub import EMBEDDED_MODELS
 from speechrnt.tokenizer import LANGUAGES, TASKS, Tokenizer
 
 PICO = EMBEDDED_MODELS["pico"] / "tokenizer.json"
@@ -205,6 +205,12 @@ def test_an_id_outside_the_vocabulary_is_an_option_error(pico, token):
     with pytest.raises(OptionError) as caught:
         pico.checked_ids("prompt", [5, token])
     assert str(caught.value) == f"prompt: {token!r} is not a token id below 2281"
+
+
+@pytest.mark.parametrize("tokens", [5, None, 1.5])
+def test_what_is_not_a_list_of_ids_is_an_option_error(pico, tokens):
+    with pytest.raises(OptionError, match=f"prompt: must be token ids, not {tokens}"):
+        pico.checked_ids("prompt", tokens)
 
 
 def test_ids_are_checked_and_made_integers(pico):

@@ -3,7 +3,10 @@
 import dataclasses
 import inspect
 import io
+import pickle
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import faster_whisper
@@ -13,7 +16,8 @@ import pytest
 
 import speechrnt
 from speechrnt import OptionError, WhisperModel
-from speechrnt.models import EMBEDDED_MODELS, Model
+from speechrnt.hub import EMBEDDED_MODELS
+from speechrnt.models import Model
 
 RATE = 16000
 SILENCE = np.zeros(RATE, dtype=np.float32)
@@ -188,31 +192,53 @@ class TestOptions:
             ("language", "zh"),
             ("task", "summarize"),
             ("task", None),
+            ("log_progress", "no"),
             ("beam_size", 0),
             ("beam_size", 2.5),
             ("beam_size", True),
+            ("beam_size", 10**20),
             ("best_of", 0),
             ("patience", 0),
+            ("patience", 1e-9),
+            ("patience", 1e300),
             ("patience", float("nan")),
             ("length_penalty", float("inf")),
+            ("length_penalty", 1000),
             ("repetition_penalty", 0),
+            ("repetition_penalty", 1e-300),
             ("no_repeat_ngram_size", -1),
+            ("no_repeat_ngram_size", 10**20),
             ("temperature", -0.1),
+            ("temperature", 1e-40),
+            ("temperature", 10**400),
             ("temperature", ()),
             ("temperature", (0.0, "hot")),
             ("temperature", None),
             ("compression_ratio_threshold", "2.4"),
             ("log_prob_threshold", float("nan")),
             ("no_speech_threshold", "0.6"),
+            ("condition_on_previous_text", "false"),
             ("prompt_reset_on_temperature", None),
             ("max_initial_timestamp", -1),
+            ("max_initial_timestamp", 1e18),
             ("initial_prompt", [10_000]),
             ("initial_prompt", [-1]),
+            ("initial_prompt", [True]),
             ("initial_prompt", ["Hello"]),
+            ("initial_prompt", b"Hello"),
+            ("initial_prompt", {1: 2}),
             ("initial_prompt", 7),
+            ("suppress_blank", None),
             ("suppress_tokens", [10_000]),
             ("suppress_tokens", [-2]),
             ("suppress_tokens", ["x"]),
+            ("suppress_tokens", -1),
+            ("suppress_tokens", 0),
+            ("suppress_tokens", "-1"),
+            ("without_timestamps", "false"),
+            ("language_detection_threshold", "x"),
+            ("audio_context", 10**400),
+            ("audio_context", np.array([5.0])),
             ("audio_context", "half"),
             ("audio_context", 0),
             ("audio_context", -1.0),
@@ -240,6 +266,7 @@ class TestOptions:
             ("chunk_length", 10),
             ("clip_timestamps", "1,2"),
             ("clip_timestamps", [1.0, 2.0]),
+            ("clip_timestamps", np.array([1.0, 2.0])),
             ("hallucination_silence_threshold", 1.0),
             ("hotwords", "alarm"),
             ("language_detection_segments", 2),
@@ -271,6 +298,18 @@ class TestOptions:
             "patience": np.float64(1.0),
         }
         assert text(model, clip, **options) == "Set the alarm for six ten."
+
+    def test_half_a_surrogate_pair_is_no_prompt(self, model, clip):
+        segments, _ = model.transcribe(clip, language="en", initial_prompt="\ud800")
+        with pytest.raises(OptionError, match="Unicode"):
+            list(segments)
+
+    @pytest.mark.parametrize("kind", [list, tuple, iter, np.array])
+    def test_suppressed_tokens_come_in_any_kind_of_iterable(self, model, clip, kind):
+        _, info = model.transcribe(clip, suppress_tokens=kind([-1, 5]))
+        expected = model.transcribe(clip, suppress_tokens=[-1, 5])[1].transcription_options
+        assert info.transcription_options.suppress_tokens == expected.suppress_tokens
+        assert len(expected.suppress_tokens) > 20
 
     def test_translation(self, model, samples):
         assert text(model, samples / "s02_de.wav", task="translate") == "Open the window."
@@ -354,11 +393,7 @@ class TestAudioContext:
             parsed = parse(result, *arguments)
             if len(calls["generate"]) > 1:
                 return parsed
-            for name, value in fault.items():
-                object.__setattr__(parsed, name, value) if name != "is_cut_off" else None
-            if "is_cut_off" in fault:
-                object.__setattr__(parsed, "tokens", parsed.tokens * 200)
-            return parsed
+            return dataclasses.replace(parsed, **fault)
 
         monkeypatch.setattr(speechrnt.sequential, "parse_result", faulty_once)
         assert text(undeclared, clip, audio_context="auto") == "Set the alarm for six ten."
@@ -378,12 +413,14 @@ class TestAudioContext:
         longest = max(len(prompt) for prompt in calls["generate"])
         assert longest == 1 + 12 + len(model._model.tokenizer.sot_sequence("en", "transcribe"))
 
-    def test_times_stay_inside_the_recording(self, model, samples, manifest):
-        audio, _ = joined(samples, manifest, 60)
-        segments = list(model.transcribe(audio, language="en")[0])
-        starts = [segment.start for segment in segments]
-        assert starts == sorted(starts)
-        assert [segment.id for segment in segments] == list(range(1, len(segments) + 1))
+    def test_times_are_in_order_and_stay_inside_the_recording(self, model, samples, manifest):
+        audio, _ = joined(samples, manifest, 120)
+        for end in range(10, 120, 10):
+            segments = list(model.transcribe(audio[: end * RATE], language="en")[0])
+            starts = [segment.start for segment in segments]
+            assert starts == sorted(starts)
+            assert all(segment.start < segment.end <= end for segment in segments)
+            assert [segment.id for segment in segments] == list(range(1, len(segments) + 1))
 
     def test_a_timestamp_without_progress_does_not_stall(self, model, clip, monkeypatch):
         def stuck(tokens, *arguments):
@@ -405,3 +442,61 @@ def test_many_threads_with_options_of_their_own(model, samples, manifest):
     with ThreadPoolExecutor(8) as pool:
         results = [pool.submit(text, model, a, temperature=0.0, **o) for a, o in jobs]
         assert [result.result() for result in results] == expected
+
+
+def run_program(program, *arguments):
+    """Run a program in a process of its own; return its exit status and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_forked_child_is_told_to_load_its_own(samples):
+    program = """
+import os, sys
+from speechrnt import ModelError, WhisperModel
+model = WhisperModel(device="cpu")
+text = lambda model: "".join(segment.text for segment in model.transcribe(sys.argv[1])[0])
+assert text(model)
+child = os.fork()
+if not child:
+    try:
+        text(model)
+    except ModelError as error:
+        assert "forked" in str(error)
+        assert text(WhisperModel(device="cpu"))
+        sys.exit(3)
+_, status = os.waitpid(child, 0)
+assert text(model)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    assert run_program(program, samples / "s03_en.wav") == (3, "")
+
+
+def test_a_model_cannot_be_pickled(model):
+    with pytest.raises(speechrnt.ModelError, match="each process"):
+        pickle.dumps(model)
+
+
+def test_the_interpreter_exits_cleanly_while_a_daemon_thread_transcribes(samples):
+    program = """
+import sys, threading, time
+from speechrnt import ModelError, WhisperModel
+model = WhisperModel(device="cpu")
+started = threading.Event()
+def work():
+    try:
+        while True:
+            started.set()
+            list(model.transcribe(sys.argv[1], audio_context="full")[0])
+    except ModelError:
+        pass
+threading.Thread(target=work, daemon=True).start()
+started.wait()
+time.sleep(0.3)
+"""
+    for _ in range(3):
+        assert run_program(program, samples / "s03_en.wav") == (0, "")
