@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import filter as matching
@@ -150,8 +152,23 @@ class _Calls:
 
 _calls = _Calls()
 atexit.register(_calls.close)
-# The threads that were inside are not in the child.
-os.register_at_fork(after_in_child=_calls.__init__)  # type: ignore[misc]
+
+_loaded: weakref.WeakSet[Model] = weakref.WeakSet()
+_has_loaded = False
+_is_orphan = False
+
+
+def _after_fork_in_child() -> None:
+    """Forget the calls and the threads that are not in the child."""
+    global _is_orphan
+    _is_orphan = _has_loaded
+    _calls.__init__()  # type: ignore[misc]
+    for model in _loaded:
+        # Never freed: the destructor would wait for the model's threads.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(model.whisper))
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +176,7 @@ class Model:
     """A loaded model; immutable, and safe to use from any number of threads.
 
     It belongs to the process that loaded it: CTranslate2's threads do not survive a fork, and a
-    forked child that uses the model gets a `ModelError`.
+    forked child gets a `ModelError` if it uses the model or loads another one.
 
     Attributes
     ----------
@@ -178,6 +195,11 @@ class Model:
     tokenizer: Tokenizer
     capabilities: Capabilities
     _process: int = field(default_factory=os.getpid, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        global _has_loaded
+        _has_loaded = True
+        _loaded.add(self)
 
     def __reduce__(self) -> str:
         raise ModelError(f"{self.name}: a model cannot be pickled; load it in each process")
@@ -233,8 +255,8 @@ class Model:
         """Return the model if it belongs to this process."""
         if os.getpid() != self._process:
             raise ModelError(
-                f"{self.name}: was loaded before this process was forked off; load it in the "
-                "child, or start processes with the 'spawn' method"
+                f"{self.name}: was loaded before this process was forked, and does not work in "
+                "the child; start processes with the 'spawn' method, or before the first model"
             )
         return self.whisper
 
@@ -296,7 +318,15 @@ def load_model(
         If the directory is not a Whisper model that can be loaded.
     OptionError
         If an option is unknown, out of range, or not supported here.
+    ModelError
+        If this process was forked from one that had loaded a model.
     """
+    if _is_orphan:
+        # The OpenMP runtime in CTranslate2 waits for the threads it had in the parent.
+        raise ModelError(
+            "no model can be loaded here: this process was forked from one that had loaded a "
+            "model; start processes with the 'spawn' method, or before the first model"
+        )
     if not isinstance(model, (str, PathLike)):
         raise OptionError(f"model: must be a name or a path, not {model!r}")
     if not isinstance(files, (Mapping, type(None))):
