@@ -364,7 +364,7 @@ def _to_float32(samples: NDArray[Any]) -> tuple[_Samples, tuple[str, ...]]:
 
     with np.errstate(over="ignore"):  # float64 beyond float32: reported below
         floats = np.ascontiguousarray(samples, dtype=np.float32)
-    peak = _check_peak(floats)
+    peak = _check_peak(floats, samples)
     if peak > _IMPLAUSIBLE_PEAK:
         return floats, (
             f"the samples reach {peak:.6g} where full scale is 1.0: if they are 16-bit integers "
@@ -382,16 +382,20 @@ def _check_shape(samples: NDArray[Any]) -> None:
         )
 
 
-def _check_peak(samples: _Samples) -> float:
-    """Return the largest magnitude, after a check that all samples can be computed with."""
+def _check_peak(samples: _Samples, original: NDArray[Any] | None = None) -> float:
+    """Return the largest magnitude, after a check that all samples can be computed with.
+
+    The message of the error quotes the sample of `original`, if given.
+    """
     if not samples.size:
         return 0.0
     # Two reductions instead of isfinite() and abs(), which would each make a whole array.
     peak = max(-float(samples.min()), float(samples.max()))
     if not peak <= _LARGEST_PEAK:  # NaN compares false
         index = int(np.flatnonzero(~(np.abs(samples) <= _LARGEST_PEAK))[0])
+        quoted = samples if original is None else original
         raise InvalidAudioError(
-            f"sample {index} of the array is {samples[index]}: samples must be finite numbers, "
+            f"sample {index} of the array is {quoted[index]}: samples must be finite numbers, "
             "and full scale is 1.0; find out where it comes from, or replace it with "
             "numpy.nan_to_num"
         )

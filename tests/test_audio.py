@@ -297,6 +297,28 @@ def assert_says(error, exception, fragments):
         assert fragment in message
 
 
+class TestConstructor:
+    @pytest.mark.parametrize(
+        "samples",
+        [
+            np.zeros(10),
+            np.zeros(10, dtype=np.int16),
+            np.zeros((2, 5), dtype=np.float32),
+            np.zeros(20, dtype=np.float32)[::2],
+            np.array([0.0, np.nan], dtype=np.float32),
+            np.array([0.0, 3e18], dtype=np.float32),
+            [0.0, 0.0],
+        ],
+    )
+    def test_unusable_samples(self, samples):
+        with pytest.raises(InvalidAudioError, match="samples|array"):
+            Audio(samples)
+
+    def test_a_masked_array(self):
+        with pytest.raises(InvalidAudioError, match="filled"):
+            Audio.from_array(np.ma.masked_array(np.zeros(4, dtype=np.float32), [0, 1, 0, 0]))
+
+
 class TestBadArguments:
     @pytest.mark.parametrize(("array", "fragments"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
     def test_array(self, array, fragments):
