@@ -311,7 +311,7 @@ class TestConstructor:
         ],
     )
     def test_unusable_samples(self, samples):
-        with pytest.raises(InvalidAudioError, match="samples|array"):
+        with pytest.raises(InvalidAudioError, match=r"samples|array"):
             Audio(samples)
 
     def test_a_masked_array(self):
