@@ -16,7 +16,7 @@ import ctranslate2
 import huggingface_hub
 from tqdm import tqdm
 
-from . import _mel
+from . import _mel, inference_memory
 from ._version import __version__
 from .errors import ModelError, OptionError, SpeechRNTError
 from .formats import WRITERS
@@ -272,6 +272,7 @@ def _info(_options: argparse.Namespace) -> int:
         "processor": cpu_name(),
         "log-mel kernel": _mel.isa(),
         "usable cores": str(usable_cores()),
+        "inference memory": inference_memory.status(),
         "gpu": no_gpu or f"{ctranslate2.get_cuda_device_count()} CUDA device(s)",
     }
     for device in ("cpu",) if no_gpu else ("cpu", "cuda"):

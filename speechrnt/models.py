@@ -21,6 +21,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from . import inference_memory
 from .decoding import MAX_PROMPT_TOKENS
 from .errors import ModelError, ModelLoadError, ModelNotFoundError, OptionError
 from .hub import (
@@ -320,6 +321,10 @@ def load_model(
         If an option is unknown, out of range, or not supported here.
     ModelError
         If this process was forked from one that had loaded a model.
+
+    Notes
+    -----
+    On the CPU, the first model puts CTranslate2's memory into a pool: see `inference_memory`.
     """
     if _is_orphan:
         # The OpenMP runtime in CTranslate2 waits for the threads it had in the parent.
@@ -351,6 +356,8 @@ def load_model(
         _check_complete(place, in_memory)
         texts = in_memory
 
+    if device == "cpu":
+        inference_memory.prepare()
     try:
         whisper = ctranslate2.models.Whisper(
             place,

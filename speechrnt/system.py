@@ -7,11 +7,12 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import ctranslate2
 
-__all__ = ["cpu_name", "usable_cores", "why_no_gpu"]
+__all__ = ["cpu_name", "usable_cores", "usable_memory", "why_no_gpu"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_MEMBERSHIPS = Path("/proc/self/cgroup")
@@ -28,8 +29,18 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    quota = _cgroup_quota()
+    quota = min(_cgroup_limits("cpu", _read_quota_v2, _read_quota_v1), default=None)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def usable_memory() -> int:
+    """Return how much memory this process may use, in bytes.
+
+    That of the machine, or less where a container allows less.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = _cgroup_limits("memory", _read_memory_v2, _read_memory_v1)
+    return min([memory, *map(int, limits)])
 
 
 def cpu_name() -> str:
@@ -60,30 +71,34 @@ def why_no_gpu() -> str | None:
     return "the NVIDIA driver sees a device, but this build of CTranslate2 does not"
 
 
-def _cgroup_quota() -> float | None:
-    """Return the CPU quota of this process's control groups in cores; None without one."""
+def _cgroup_limits(
+    controller: str,
+    read_v2: Callable[[Path], float | None],
+    read_v1: Callable[[Path], float | None],
+) -> list[float]:
+    """Return what limits this process's control groups and their parents, where anything does."""
     try:
         memberships = os.fsdecode(_CGROUP_MEMBERSHIPS.read_bytes()).splitlines()
     except OSError:
-        return None
-    quotas = []
+        return []
+    limits = []
     for membership in memberships:
         _, controllers, path = membership.split(":", 2)
         if not controllers:
-            root, read = _CGROUP_ROOT, _read_quota_v2
-        elif "cpu" in controllers.split(","):
+            root, read = _CGROUP_ROOT, read_v2
+        elif controller in controllers.split(","):
             # Where it is mounted with others, the controller alone is a link to them.
-            root, read = _CGROUP_ROOT / "cpu", _read_quota_v1
+            root, read = _CGROUP_ROOT / controller, read_v1
         else:
             continue
         # The strictest of the group and its parents holds. Inside a container the path may not
         # exist, as it is the host's; the container's own group is then at the root.
         group = root / path.lstrip("/")
         for directory in (group, *group.parents):
-            quotas.append(read(directory))
+            limits.append(read(directory))
             if directory == root:
                 break
-    return min((quota for quota in quotas if quota is not None), default=None)
+    return [limit for limit in limits if limit is not None]
 
 
 def _read_quota_v2(directory: Path) -> float | None:
@@ -98,5 +113,21 @@ def _read_quota_v1(directory: Path) -> float | None:
     try:
         quota = int((directory / "cpu.cfs_quota_us").read_text())
         return None if quota < 0 else quota / int((directory / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _read_memory_v2(directory: Path) -> float | None:
+    try:
+        limit = (directory / "memory.max").read_text().strip()
+        return None if limit == "max" else int(limit)
+    except (OSError, ValueError):
+        return None
+
+
+def _read_memory_v1(directory: Path) -> float | None:
+    try:
+        # Without a limit this is the largest multiple of a page, more than any machine has.
+        return int((directory / "memory.limit_in_bytes").read_text())
     except (OSError, ValueError):
         return None
