@@ -33,6 +33,7 @@ lint: $(VENV)/.test ## check style, types and stubs
 
 bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_mel.py
+	$(BIN)/python perf/bench_inference_memory.py
 	$(BIN)/python perf/accuracy.py
 
 wheel: $(VENV)/.wheel ## make sdist and wheel in dist/, test the wheel in an empty environment
