@@ -15,6 +15,9 @@ from speechrnt._sched_core cimport (
     sched_wait, task_t, LEVELS, SCHED_OK,
 )
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 CAPACITY = RING_CAPACITY
 
 
@@ -48,8 +51,8 @@ cdef class Ring:
                 if ring_has_room(&self.ring):
                     ring_push(&self.ring, <void *><uintptr_t>number)
                     number += 1
-                elif pop_every == 0 and take_every == 0:
-                    continue
+                else:
+                    sched_yield()
                 if pop_every and number % pop_every == 0:
                     item = <uintptr_t>ring_pop(&self.ring)
                     if item:
@@ -73,6 +76,8 @@ cdef class Ring:
                     got.push_back(item)
                 elif last:
                     break
+                else:
+                    sched_yield()
         return got
 
 
@@ -145,7 +150,7 @@ cdef int run_hold(void *arg) noexcept nogil:
     """Say so, and keep a worker busy until the batch is released."""
     (<item_t *>arg).batch.order.store(1)
     while (<item_t *>arg).batch.held.load():
-        pass
+        sched_yield()
     return 0
 
 
@@ -272,7 +277,7 @@ cdef class Batch:
         self.submit(0, 1)
         with nogil:
             while self.batch.order.load() == 0:
-                pass
+                sched_yield()
         self.submit(1, self.count)
         self.batch.held.store(False)
         self.wait()
