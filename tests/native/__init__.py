@@ -1,4 +1,4 @@
-"""Extensions that only the tests need, compiled on first use."""
+"""Extensions that only tests and benchmarks need, compiled on first use."""
 
 import functools
 import importlib.util
@@ -15,8 +15,8 @@ SANITIZERS = {"tsan": ["-fsanitize=thread", "-Wno-tsan"], "asan": ["-fsanitize=a
 
 
 @functools.cache
-def load(name):
-    """Compile ``name.pyx`` for the build of speechrnt that is being tested, and import it."""
+def load(name, sources=HERE):
+    """Compile ``sources/name.pyx`` for the build of speechrnt that is tested, and import it."""
     from Cython.Build import cythonize
     from setuptools import Distribution, Extension
 
@@ -25,7 +25,7 @@ def load(name):
     directory = Path(tempfile.mkdtemp(prefix=f"speechrnt-{name}-"))
     extension = Extension(
         name,
-        [str(HERE / f"{name}.pyx")],
+        [str(sources / f"{name}.pyx")],
         language="c++",
         include_dirs=[str(package)],
         extra_compile_args=[*FLAGS, *flags],
