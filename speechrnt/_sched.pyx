@@ -38,7 +38,7 @@ from collections import deque
 from concurrent.futures import Executor, Future
 from itertools import islice
 
-from speechrnt._sched_timer import Timer, Watch
+from speechrnt._sched_timer import Timer, Watch, report_exception
 from speechrnt._sched_types import (
     Priority, SchedulerHealth, SchedulerStatistics, Times, WorkerStatistics,
 )
@@ -67,15 +67,21 @@ cdef void leave_gil(int state) noexcept nogil:
 
 cdef int run_python(void *arg) noexcept with gil:
     cdef PythonTask task = <PythonTask>arg
-    task.run()
+    try:
+        task.run()
+    except BaseException:  # from a callback of the future, say, and SystemExit must not exit here
+        report_exception()
     return 0
 
 
 cdef void release_python(void *arg, int status) noexcept with gil:
     cdef PythonTask task = <PythonTask>arg
-    if status == TASK_CANCELLED:
-        task.cancel()
-    task.forget()
+    try:
+        if status == TASK_CANCELLED:
+            task.cancel()
+        task.forget()
+    except BaseException:
+        report_exception()
     Py_DECREF(task)  # the reference that Core.enqueue took
 
 
@@ -99,12 +105,7 @@ cdef class PythonTask:
         if not self.claim():
             return 0
         if future is None:
-            try:
-                self.call()
-            except BaseException as error:
-                thread = threading.current_thread()
-                details = (type(error), error, error.__traceback__, thread)
-                threading.excepthook(threading.ExceptHookArgs(details))
+            self.call()
             return 0
         if not future.set_running_or_notify_cancel():
             return 0
@@ -141,12 +142,13 @@ cdef class PythonTask:
         """Give up, the deadline having passed before a worker came to it."""
         self.fail(DeadlineExceeded("the task had not started when its deadline passed"))
 
-    cdef void forget(self) noexcept:
+    cdef int forget(self) except -1:
         """Drop all references: the done task may still be in the timer."""
         if self.deadline is not None:
             self.timer.cancel(self.deadline)
         self.function = self.args = self.kwargs = self.context = None
         self.future = self.timer = self.deadline = None
+        return 0
 
 
 @cython.final
@@ -207,9 +209,9 @@ cdef class Core:
         """Refuse everything from now on: this is a child, without the threads."""
         self.sched.state.store(SCHED_FORKED, memory_order_relaxed)
 
-    def check_open(self):
+    cdef int check_open(self) except -1:
         """Raise SchedulerClosed if no tasks are accepted."""
-        state = self.state
+        cdef int state = self.sched.state.load(memory_order_acquire)
         if state == SCHED_FORKED:
             raise SchedulerClosed(
                 "this scheduler belongs to the parent process and has no workers here; "
@@ -217,6 +219,7 @@ cdef class Core:
             )
         if state != SCHED_RUNNING:
             raise SchedulerClosed("the scheduler is shut down and accepts no tasks")
+        return 0
 
     cdef int enqueue(self, PythonTask task) except -1:
         """Queue a task."""
@@ -234,6 +237,7 @@ cdef class Core:
         self, PythonTask task, object delay_s, object deadline_s,
     ) except -1:
         """Queue a task, now or later."""
+        self.check_open()  # first: in a forked child the timer may be locked for ever
         now = time.monotonic()
         if deadline_s is not None:
             task.timer = self.timer
@@ -242,7 +246,6 @@ cdef class Core:
             if delay_s is None:
                 self.enqueue(task)
                 return 0
-            self.check_open()
             with self.delayed_lock:
                 if self.delayed >= self.sched.max_queued:
                     raise Overloaded(
@@ -414,8 +417,11 @@ cdef class Delayed:
         self.core.forget_delayed()
         if self.task.future is None:
             logger.warning("a delayed task was cancelled by the end of its scheduler")
-        self.task.cancel()
-        self.task.forget()
+        try:
+            self.task.cancel()
+            self.task.forget()
+        except BaseException:  # from a callback of the future; the others are to be cancelled too
+            report_exception()
 
 
 cdef int checked_count(str name, value, long long low, long long high) except? -1:
@@ -735,7 +741,7 @@ class Scheduler(Executor):
         TimeoutError
             Tasks were left at the end of that time.
         """
-        core = self._core
+        cdef Core core = self._core
         if timeout is not None:
             timeout = checked_seconds("timeout", timeout, True)
         if core.is_worker():
@@ -825,6 +831,7 @@ cdef int submit(
     if deadline is not None:
         deadline = checked_seconds("deadline", deadline, False)
     task = PythonTask.__new__(PythonTask)
+    task.claimed.store(False, memory_order_relaxed)
     task.task.fn = run_python
     task.task.arg = <void *>task
     task.task.done = release_python

@@ -2,21 +2,28 @@
 
 import heapq
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Timer", "Watch", "next_size"]
+__all__ = ["Timer", "Watch", "next_size", "report_exception"]
 
 SHRINK_AFTER = 40  # ticks without work for all
 GROW_AFTER = 2  # ticks with work for more
 
 
+def report_exception() -> None:
+    """Hand the exception being handled to `threading.excepthook`: the thread goes on."""
+    details = (*sys.exc_info(), threading.current_thread())
+    threading.excepthook(threading.ExceptHookArgs(details))
+
+
 class Timer:
     """One thread that makes calls when they are due.
 
-    Calls must be short and not raise. All methods may be called from any thread.
+    Calls must be short; what they raise is reported. All methods may be called from any thread.
 
     Parameters
     ----------
@@ -103,11 +110,14 @@ class Timer:
                     wake = min(next_tick, self._heap[0][0]) if self._heap else next_tick
                     self._condition.wait(wake - now)
                     continue
-            for call in due:
-                call()
             if now >= next_tick:
-                self._tick()
+                due.append(self._tick)
                 next_tick = now + self._period_s
+            for call in due:
+                try:
+                    call()
+                except BaseException:  # a callback of a future may raise anything
+                    report_exception()
             del due
 
 

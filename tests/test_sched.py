@@ -315,6 +315,18 @@ class TestPython:
         assert "from the callback" in caplog.text
         assert list(scheduler.map(abs, range(-10, 0))) == list(range(10, 0, -1))
 
+    def test_callback_that_exits(self, monkeypatch):
+        reported = []
+        monkeypatch.setattr(threading, "excepthook", lambda args: reported.append(args.exc_type))
+        with Scheduler(workers=1) as scheduler:
+            with Blocker(scheduler):
+                for future in (scheduler.submit(int), scheduler.submit(int, deadline=0.001)):
+                    future.add_done_callback(sys.exit)
+                assert isinstance(future.exception(), DeadlineExceeded)
+            assert list(scheduler.map(abs, range(10))) == list(range(10))
+            assert scheduler.submit(int, delay=0.001).result() == 0
+        assert reported == [SystemExit, SystemExit]
+
     def test_submit_from_tasks_and_callbacks(self, scheduler):
         numbers = count()
         done = threading.Event()

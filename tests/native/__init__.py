@@ -10,7 +10,7 @@ from pathlib import Path
 from speechrnt import _sched_core
 
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O2", "-g", f"-DSPEECHRNT_RING={_sched_core.RING_CAPACITY}"]
+FLAGS = ["-std=c++17", "-O2", "-UNDEBUG", f"-DSPEECHRNT_RING={_sched_core.RING_CAPACITY}"]
 SANITIZERS = {"tsan": ["-fsanitize=thread", "-Wno-tsan"], "asan": ["-fsanitize=address"]}
 
 
