@@ -143,7 +143,7 @@ class TestNative:
 
     def test_spawned_tasks_are_shared(self, native, scheduler):
         for _ in range(10):
-            batch = native.Batch(scheduler, 5000)
+            batch = native.Batch(scheduler, 5000, spin=100)
             batch.spawn_all()
             assert batch.states == [0] + [1] * 4999
         scheduler.drain()
