@@ -7,9 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard speechrnt/*.pyx speechrnt/*.pxd speechrnt/*.h)
 STUBBED := $(patsubst speechrnt/%.pyi,speechrnt.%,$(wildcard speechrnt/*.pyi))
 REPAIR := $(if $(filter Darwin,$(shell uname)),delocate-wheel,auditwheel repair)
+# The sanitizers must be loaded first, at addresses that are not random; the build in build/ hides ours.
+SANITIZED = SPEECHRNT_BUILD=$@ PYTHONSAFEPATH=1 PYTHONPATH=build/$@/lib \
+	LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so) ASAN_OPTIONS=detect_leaks=0 \
+	TSAN_OPTIONS=suppressions=tests/native/tsan.supp:die_after_fork=0 setarch -R
 export SPEECHRNT_WERROR = 1
 
-.PHONY: help build demo test lint bench wheel clean
+.PHONY: help build demo test lint tsan asan bench wheel clean
 .NOTPARALLEL: # one pip at a time in one environment
 
 help: ## show the commands
@@ -23,6 +27,12 @@ demo: $(VENV)/.built ## transcribe the shipped recordings: text, timing, real-ti
 test: lint ## lint, then run the tests
 	$(BIN)/python -m pytest
 
+tsan: ## run the tests of the scheduler under the thread sanitizer
+asan: ## run the tests of the scheduler under the address sanitizer
+tsan asan: $(VENV)/.test
+	SPEECHRNT_BUILD=$@ $(BIN)/python setup.py -q build --build-base build/$@ --build-lib build/$@/lib
+	$(SANITIZED) $(BIN)/python -m pytest tests/test_sched.py
+
 lint: $(VENV)/.test ## check style, types and stubs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -34,6 +44,7 @@ lint: $(VENV)/.test ## check style, types and stubs
 bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_mel.py
 	$(BIN)/python perf/bench_inference_memory.py
+	$(BIN)/python perf/bench_sched.py
 	$(BIN)/python perf/accuracy.py
 
 wheel: $(VENV)/.wheel ## make sdist and wheel in dist/, test the wheel in an empty environment

@@ -1,16 +1,20 @@
 """Low-latency speech-to-text: Whisper on CTranslate2 with a Cython core."""
 
+from ._sched import Priority, Scheduler
 from ._version import __version__
 from .audio import Audio, decode_audio, load_audio
 from .errors import (
     AudioError,
     AudioFileError,
     AudioNotFoundError,
+    DeadlineExceeded,
     InvalidAudioError,
     ModelError,
     ModelLoadError,
     ModelNotFoundError,
     OptionError,
+    Overloaded,
+    SchedulerClosed,
     SpeechRNTError,
 )
 from .formats import format_timestamp
@@ -24,11 +28,16 @@ __all__ = [
     "AudioError",
     "AudioFileError",
     "AudioNotFoundError",
+    "DeadlineExceeded",
     "InvalidAudioError",
     "ModelError",
     "ModelLoadError",
     "ModelNotFoundError",
     "OptionError",
+    "Overloaded",
+    "Priority",
+    "Scheduler",
+    "SchedulerClosed",
     "Segment",
     "SpeechRNTError",
     "TranscriptionInfo",

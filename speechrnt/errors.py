@@ -10,11 +10,14 @@ __all__ = [
     "AudioError",
     "AudioFileError",
     "AudioNotFoundError",
+    "DeadlineExceeded",
     "InvalidAudioError",
     "ModelError",
     "ModelLoadError",
     "ModelNotFoundError",
     "OptionError",
+    "Overloaded",
+    "SchedulerClosed",
     "SpeechRNTError",
 ]
 
@@ -53,3 +56,15 @@ class ModelLoadError(ModelError, RuntimeError):
 
 class OptionError(SpeechRNTError, ValueError):
     """An option whose value is unknown or out of range."""
+
+
+class Overloaded(SpeechRNTError, RuntimeError):  # noqa: N818
+    """A bounded queue is full; nothing was queued, and a later attempt may succeed."""
+
+
+class SchedulerClosed(SpeechRNTError, RuntimeError):  # noqa: N818
+    """The scheduler accepts no tasks: it was shut down, or belongs to a parent process."""
+
+
+class DeadlineExceeded(SpeechRNTError, TimeoutError):  # noqa: N818
+    """A task had not started when its deadline passed, and will not."""

@@ -1,0 +1,3 @@
+__all__ = ["RING_CAPACITY"]
+
+RING_CAPACITY: int
