@@ -10,11 +10,14 @@ __all__ = [
     "AudioError",
     "AudioFileError",
     "AudioNotFoundError",
+    "HandleError",
     "InvalidAudioError",
     "ModelError",
     "ModelLoadError",
     "ModelNotFoundError",
     "OptionError",
+    "PoolClosedError",
+    "PoolExhausted",
     "SpeechRNTError",
 ]
 
@@ -53,3 +56,15 @@ class ModelLoadError(ModelError, RuntimeError):
 
 class OptionError(SpeechRNTError, ValueError):
     """An option whose value is unknown or out of range."""
+
+
+class PoolExhausted(SpeechRNTError, MemoryError):  # noqa: N818 - a state more than a mistake
+    """A pool has reached its limit, or the system has no more memory."""
+
+
+class PoolClosedError(SpeechRNTError, RuntimeError):
+    """An acquire from a pool that is closed."""
+
+
+class HandleError(SpeechRNTError, ValueError):
+    """A handle that was released already, or is not of this pool."""
