@@ -117,6 +117,14 @@ inline std::mutex registry_mutex;
 inline sr_pool *registry[kMaxTags];
 inline std::uint64_t last_serial = 0;
 
+/* Thread-locals at a fixed distance from the thread pointer, which spares each acquire and release
+   the calls that find them. glibc has room for so few bytes in modules loaded late. */
+#ifdef __GLIBC__
+#define SPEECHRNT_STATIC_TLS [[gnu::tls_model("initial-exec")]]
+#else
+#define SPEECHRNT_STATIC_TLS
+#endif
+
 struct Binding {
     std::uint64_t serial;
     Magazine *magazine;
@@ -124,9 +132,9 @@ struct Binding {
 
 /* A thread's magazines by pool tag. An entry whose serial is not the pool's belongs to a pool that
    is gone. Plain data, so that reading it costs no initialization check. */
-inline thread_local Binding *bindings = nullptr;
-inline thread_local std::uint32_t n_bindings = 0;
-inline thread_local bool thread_exiting = false;
+SPEECHRNT_STATIC_TLS inline thread_local Binding *bindings = nullptr;
+SPEECHRNT_STATIC_TLS inline thread_local std::uint32_t n_bindings = 0;
+SPEECHRNT_STATIC_TLS inline thread_local bool thread_exiting = false;
 
 inline void raise_to(std::atomic<std::uint32_t> &maximum, std::uint32_t value) {
     std::uint32_t seen = maximum.load(std::memory_order_relaxed);
