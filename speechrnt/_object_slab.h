@@ -476,6 +476,14 @@ inline void free_chunk(sr_pool *pool, std::size_t chunk) {
     pool->chunks[chunk] = {};
 }
 
+inline void free_all_chunks(sr_pool *pool) {
+    for (std::size_t i = 0; i < pool->chunks.size(); ++i) {
+        if (pool->chunks[i].memory != nullptr) {
+            free_chunk(pool, i);
+        }
+    }
+}
+
 /* Free chunks that have been wholly idle since `idle_before`, while more than `keep` slots have
    memory. The caller holds the mutex; acquires that find the depot empty meanwhile wait for it. */
 inline void free_idle_chunks(sr_pool *pool, std::uint32_t keep, double now, double idle_before) {
@@ -616,9 +624,7 @@ inline sr_status pool_new(const sr_pool_options &options, sr_pool **result) {
     }
     while (pool->resident < pool->initial) {
         if (!grow(pool.get())) {
-            for (std::size_t i = 0; i < pool->chunks.size(); ++i) {
-                std::free(pool->chunks[i].memory);
-            }
+            free_all_chunks(pool.get());
             return SR_NO_MEMORY;
         }
     }
@@ -628,6 +634,7 @@ inline sr_status pool_new(const sr_pool_options &options, sr_pool **result) {
         ++tag;
     }
     if (tag == kMaxTags) {
+        free_all_chunks(pool.get());
         return SR_EXHAUSTED;
     }
     pool->tag = tag;
@@ -646,11 +653,7 @@ inline sr_status pool_free(sr_pool *pool) {
         }
         registry[pool->tag] = nullptr;
     }
-    for (std::size_t i = 0; i < pool->chunks.size(); ++i) {
-        if (pool->chunks[i].memory != nullptr) {
-            free_chunk(pool, i);
-        }
-    }
+    free_all_chunks(pool);
     delete pool;
     return SR_OK;
 }
