@@ -11,12 +11,15 @@ __all__ = [
     "AudioFileError",
     "AudioNotFoundError",
     "DeadlineExceeded",
+    "HandleError",
     "InvalidAudioError",
     "ModelError",
     "ModelLoadError",
     "ModelNotFoundError",
     "OptionError",
     "Overloaded",
+    "PoolClosedError",
+    "PoolExhausted",
     "SchedulerClosed",
     "SpeechRNTError",
 ]
@@ -68,3 +71,15 @@ class SchedulerClosed(SpeechRNTError, RuntimeError):  # noqa: N818
 
 class DeadlineExceeded(SpeechRNTError, TimeoutError):  # noqa: N818
     """A task had not started when its deadline passed, and will not."""
+
+
+class PoolExhausted(SpeechRNTError, MemoryError):  # noqa: N818 - a state more than a mistake
+    """A pool has reached its limit, or the system has no more memory."""
+
+
+class PoolClosedError(SpeechRNTError, RuntimeError):
+    """An acquire from a pool that is closed."""
+
+
+class HandleError(SpeechRNTError, ValueError):
+    """A handle that was released already, or is not of this pool."""

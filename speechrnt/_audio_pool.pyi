@@ -1,0 +1,46 @@
+import sys
+from types import TracebackType
+from typing import Any, NoReturn, final
+
+from numpy.typing import DTypeLike, NDArray
+from typing_extensions import Self
+
+from ._pools import PoolHealth, PoolLimits, PoolStatistics
+
+__all__ = ["AudioBuffer", "AudioBufferPool"]
+
+@final
+class AudioBufferPool:
+    def __new__(
+        cls,
+        limits: PoolLimits | None = None,
+        *,
+        initial_samples: int = 480_000,
+        memory: object | None = None,
+    ) -> Self: ...
+    def acquire(
+        self, n_samples: int, dtype: DTypeLike = "float32", *, zero: bool = False
+    ) -> AudioBuffer: ...
+    def reserve(self, n_samples: int, count: int, dtype: DTypeLike = "float32") -> None: ...
+    def trim(self) -> None: ...
+    def maintain(self, now: float | None = None) -> None: ...
+    def close(self) -> None: ...
+    def health(self) -> PoolHealth: ...
+    def statistics(self) -> PoolStatistics: ...
+
+@final
+class AudioBuffer:
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    @property
+    def array(self) -> NDArray[Any]: ...
+    def release(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
