@@ -5,6 +5,6 @@ room=$(mktemp -d)
 trap 'rm -rf "$room"' EXIT
 "$PYTHON" -m venv --without-pip "$room/venv"
 "$PYTHON" -m pip --python "$room/venv/bin/python" install --quiet --group wheel-test "$1"
-cp -r tests/wheel tests/samples "$room"
+cp -r tests/wheel tests/samples tests/downstream "$room"
 cd "$room"
 venv/bin/python -m pytest wheel
