@@ -459,8 +459,8 @@ def _concatenate(blocks: Iterable[NDArray[Any]], scale: float, capacity: int) ->
         if end > len(samples):
             samples.resize(max(end, len(samples) * 3 // 2), refcheck=False)
         np.multiply(block, scale, out=samples[start:end], dtype=np.float32)
-    samples.resize(end, refcheck=False)
-    return samples
+    # A view wastes little where the guess was good; resizing copies in some versions of NumPy.
+    return samples[:end] if end >= len(samples) * 3 // 4 else samples[:end].copy()
 
 
 def _decode_file(file: AudioFile, rate: int, layout: str) -> tuple[_Samples, tuple[str, ...], str]:

@@ -649,6 +649,8 @@ class TestAudioBufferPool:
         assert pool.statistics().in_use == 0
         assert pool.statistics().idle == 2
 
+    # NumPy 2.5 would rather not, but lets them.
+    @pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
     def test_what_a_user_does_to_the_array_ends_with_it(self):
         pool = AudioBufferPool()
         buffer = pool.acquire(1000)
