@@ -43,3 +43,11 @@ def human_audio() -> Path:
     if not path.is_dir():
         pytest.skip("needs human recordings in ../shared/audio beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def probe():
+    """A compiled module that calls what only C code can call of the pools."""
+    from native import load
+
+    return load("pool_probe")

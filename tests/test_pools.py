@@ -2,23 +2,18 @@
 
 import ctypes
 import gc
-import importlib.util
 import itertools
 import math
 import os
 import pickle
-import queue
 import random
-import shutil
 import subprocess
 import sys
 import sysconfig
-import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -29,6 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from pool_helpers import in_threads, run_python
 
 from speechrnt.errors import HandleError, OptionError, PoolClosedError, PoolExhausted
 from speechrnt.pools import (
@@ -37,15 +33,11 @@ from speechrnt.pools import (
     Lease,
     ObjectPool,
     PoolLimits,
-    ResultSegment,
     TranscriptionResult,
     TranscriptionResultPool,
 )
 
-ROOT = Path(__file__).parent.parent
 OK, EXHAUSTED, STALE, FOREIGN, IN_USE, INVALID = 0, 1, 3, 4, 5, 6
-KIB, MIB = 2**10, 2**20
-THIRTY_SECONDS = 480_000
 
 EVERY_POOL = {
     "objects": lambda **limits: ObjectPool(bytearray, PoolLimits(**limits)),
@@ -69,55 +61,9 @@ class ShortAudioPool:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """Where the probe is built: a module that calls what only C code can."""
-    folder = tmp_path_factory.mktemp("native")
-    shutil.copy(ROOT / "tests" / "native" / "pool_probe.pyx", folder)
-    cythonize = ["Cython.Build.Cythonize", "--inplace", "-X", "freethreading_compatible=True"]
-    done = subprocess.run(
-        [sys.executable, "-m", *cythonize, "-3", "pool_probe.pyx"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-@pytest.fixture(scope="session")
-def probe(built):
-    (path,) = (path for path in built.glob("pool_probe*") if path.suffix in {".so", ".pyd"})
-    spec = importlib.util.spec_from_file_location("pool_probe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_python(code, *, path=(), **environment):
-    """Run code in a process of its own; a failure shows what it printed."""
-    python_path = os.pathsep.join([str(ROOT), *map(str, path)])
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": python_path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def in_threads(n, function):
-    """Run function(i) in n threads that start together; return the results."""
-    barrier = threading.Barrier(n)
-
-    def start(i):
-        barrier.wait()
-        return function(i)
-
-    with ThreadPoolExecutor(n) as executor:
-        return list(executor.map(start, range(n)))
+def built(probe):
+    """Where the probe is, for other processes to import it."""
+    return Path(probe.__file__).parent
 
 
 class TestEveryPool:
@@ -531,409 +477,6 @@ class TestObjectPool:
         assert dropped
 
 
-class TestAudioBufferPool:
-    @pytest.mark.parametrize("n_samples", [0, -1, -(10**30), 2**29 + 1, 10**30])
-    def test_bad_length(self, n_samples):
-        pool = AudioBufferPool()
-        for function in (pool.acquire, lambda n: pool.reserve(n, 1)):
-            with pytest.raises(OptionError, match="n_samples must be from 1 to"):
-                function(n_samples)
-        assert pool.statistics().in_use == 0
-
-    @pytest.mark.parametrize("n_samples", [1.5, "1", None])
-    def test_length_of_the_wrong_type(self, n_samples):
-        with pytest.raises(TypeError):
-            AudioBufferPool().acquire(n_samples)
-
-    @pytest.mark.parametrize("dtype", ["float64", "i4", np.complex64, "sound", None, 7])
-    def test_bad_dtype(self, dtype):
-        with pytest.raises(OptionError, match="dtype must be float32 or int16"):
-            AudioBufferPool().acquire(1, dtype)
-
-    @pytest.mark.parametrize("count", [0, -1, 10**9, 1.0])
-    def test_bad_count(self, count):
-        with pytest.raises(OptionError, match="count must be from 1"):
-            AudioBufferPool().reserve(1, count)
-
-    @pytest.mark.parametrize("memory", [5, "pinned", object()])
-    def test_memory_that_is_no_capsule(self, memory):
-        with pytest.raises(ValueError, match="PyCapsule"):
-            AudioBufferPool(memory=memory)
-
-    @pytest.mark.parametrize("dtype", ["float32", "int16", np.float32, np.int16, np.dtype("i2")])
-    def test_array(self, dtype):
-        with AudioBufferPool().acquire(1000, dtype) as buffer:
-            array = buffer.array
-            assert array is buffer.array
-            assert array.shape == (1000,)
-            assert array.dtype == np.dtype(dtype)
-            assert array.flags.writeable
-            array[:] = 7
-            view = memoryview(buffer)
-            assert view.shape == (1000,)
-            assert view[999] == 7
-            assert not view.readonly
-
-    @pytest.mark.parametrize(
-        ("n_samples", "size"),
-        [
-            (1, 64 * KIB),
-            (16 * KIB, 64 * KIB),
-            (16 * KIB + 1, 256 * KIB),
-            (64 * KIB + 1, MIB),
-            (256 * KIB + 1, 2 * MIB),
-            (THIRTY_SECONDS, 2 * MIB),
-            (512 * KIB + 1, 4 * MIB),
-            (5 * MIB, 20 * MIB),
-        ],
-    )
-    def test_size_classes_and_alignment(self, n_samples, size):
-        pool = AudioBufferPool()
-        buffer = pool.acquire(n_samples)
-        assert pool.statistics().reserved_bytes == size
-        assert buffer.array.ctypes.data % (2 * MIB if size >= MIB else 64) == 0
-
-    def test_zero(self):
-        pool = AudioBufferPool()
-        with pool.acquire(1000) as buffer:
-            buffer.array[:] = 1
-        with pool.acquire(1000) as buffer:
-            assert buffer.array.all()
-        with pool.acquire(1000, zero=True) as buffer:
-            assert not buffer.array.any()
-
-    def test_the_buffer_used_last_comes_first(self):
-        pool = AudioBufferPool()
-        first, second = pool.acquire(10), pool.acquire(10)
-        address = first.array.ctypes.data
-        second.release()
-        first.release()
-        assert pool.acquire(10).array.ctypes.data == address
-
-    def test_lengths_and_types_share_a_buffer(self):
-        pool = AudioBufferPool()
-        for n_samples, dtype in [(10, "float32"), (16000, "float32"), (30000, "int16"), (3, "i2")]:
-            with pool.acquire(n_samples, dtype) as buffer:
-                assert buffer.array.shape == (n_samples,)
-                assert buffer.array.dtype == dtype
-                buffer.array[:] = 1
-        assert pool.statistics().misses == 1
-
-    @pytest.mark.parametrize(
-        "refer",
-        [
-            lambda buffer: buffer.array,
-            lambda buffer: buffer.array[100:200],
-            lambda buffer: buffer.array[::-2].reshape(5, -1).T,
-            lambda buffer: buffer.array.view(np.int32).view(np.float32),
-            lambda buffer: np.asarray(buffer),
-            lambda buffer: np.frombuffer(buffer, np.float32, 50),
-            lambda buffer: np.frombuffer(memoryview(buffer)[10:90], np.float32),
-            lambda buffer: np.frombuffer(memoryview(buffer.array.base.base), np.float32, 100),
-            lambda buffer: np.asarray(memoryview(memoryview(buffer.array.base))),
-        ],
-    )
-    @pytest.mark.parametrize("release", [AudioBuffer.release, lambda buffer: buffer.__exit__()])
-    def test_memory_that_is_referred_to_is_not_lent(self, refer, release):
-        pool = AudioBufferPool()
-        buffer = pool.acquire(1000)
-        buffer.array[:] = 1
-        reference = refer(buffer)
-        release(buffer)
-        assert (pool.statistics().kept, pool.statistics().in_use) == (1, 1)
-        for _ in range(3):
-            with pool.acquire(1000) as other:
-                other.array[:] = 2
-        assert (reference[:1000] == 1).all()
-        del reference
-        assert pool.statistics().in_use == 0
-        assert pool.statistics().idle == 2
-
-    # NumPy 2.5 would rather not, but lets them.
-    @pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
-    def test_what_a_user_does_to_the_array_ends_with_it(self):
-        pool = AudioBufferPool()
-        buffer = pool.acquire(1000)
-        buffer.array.flags.writeable = False
-        buffer.array.shape = (10, 100)
-        buffer.release()
-        with pool.acquire(1000) as buffer:
-            assert buffer.array.shape == (1000,)
-            buffer.array[:] = 1
-        assert pool.statistics().misses == 1
-
-    def test_arrays_outlive_lease_and_pool(self):
-        array = AudioBufferPool().acquire(1000).array
-        gc.collect()
-        array[:] = 5
-        assert array.sum() == 5000
-
-    def test_array_after_release(self):
-        buffer = AudioBufferPool().acquire(10)
-        buffer.release()
-        with pytest.raises(HandleError):
-            buffer.array  # noqa: B018
-        with pytest.raises(HandleError):
-            memoryview(buffer)
-
-    def test_at_the_limit_in_bytes_idle_buffers_of_other_sizes_make_room(self):
-        pool = AudioBufferPool(PoolLimits(max_bytes=4 * MIB))
-        for _ in range(2):
-            leases = [pool.acquire(16 * KIB) for _ in range(64)]
-            with pytest.raises(PoolExhausted, match=f"{4 * MIB} bytes"):
-                pool.acquire(1)
-            del leases
-            leases = [pool.acquire(THIRTY_SECONDS) for _ in range(2)]
-            assert pool.statistics().reserved_bytes == 4 * MIB
-            del leases
-        with pytest.raises(PoolExhausted):
-            pool.acquire(2 * MIB)
-        assert pool.statistics().idle_bytes == 4 * MIB
-
-    def test_idle_memory_goes_in_two_stages(self):
-        pool = AudioBufferPool(PoolLimits(soft_size=0))
-        pool.maintain(0.0)
-        with pool.acquire(THIRTY_SECONDS) as buffer:
-            buffer.array[:] = 1
-        pool.maintain(0.5)
-        assert pool.statistics().purges == 0
-        pool.maintain(1.0)
-        pool.maintain(2.0)
-        assert (pool.statistics().purges, pool.statistics().idle_bytes) == (1, 2 * MIB)
-        with pool.acquire(THIRTY_SECONDS) as buffer:
-            buffer.array[:] = 2
-            assert buffer.array.all()
-        pool.maintain(12.0)
-        assert (pool.statistics().purges, pool.statistics().idle_bytes) == (2, 0)
-
-    def test_soft_bytes_is_what_clean_up_leaves_at_most(self):
-        pool = AudioBufferPool(PoolLimits(soft_bytes=3 * MIB))
-        for n_samples in (THIRTY_SECONDS, 1):
-            leases = [pool.acquire(n_samples) for _ in range(10)]
-            del leases
-        pool.maintain(0.0)
-        pool.maintain(10.0)
-        statistics = pool.statistics()
-        assert statistics.idle_bytes == 10 * 64 * KIB + 2 * MIB
-
-    def test_reserve(self):
-        pool = AudioBufferPool(PoolLimits(max_bytes=10 * MIB))
-        pool.reserve(THIRTY_SECONDS, 3)
-        pool.reserve(THIRTY_SECONDS, 2)
-        pool.trim()
-        assert pool.statistics().idle_bytes == 6 * MIB
-        with pytest.raises(PoolExhausted):
-            pool.reserve(THIRTY_SECONDS, 6)
-        pool.trim()
-        assert pool.statistics().idle_bytes == 6 * MIB
-
-    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-    def test_reserved_buffers_are_in_memory(self):
-        out = run_python(
-            """
-            import resource
-            import numpy as np
-            from speechrnt.pools import AudioBufferPool, PoolLimits
-            pool = AudioBufferPool(PoolLimits(initial_size=8))
-            buffers = [pool.acquire(480_000) for _ in range(8)]
-            arrays = [buffer.array for buffer in buffers]
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for array in arrays:
-                array.fill(1)
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-            """
-        )
-        assert int(out) < 8
-
-    def test_raw_handles(self, probe):
-        pool = AudioBufferPool()
-        for handle in (0, 1, 2**64 - 1, 1 << 32, 3 << 32 | 1):
-            assert probe.audio_release(pool, handle) in {STALE, FOREIGN}
-        assert pool.statistics().in_use == 0
-
-    def test_threads_without_the_gil(self, probe):
-        pool = AudioBufferPool(PoolLimits(max_size=20, max_bytes=32 * MIB, overflow="allocate"))
-        stop = threading.Event()
-
-        def clean():
-            now = 0.0
-            while not stop.is_set():
-                pool.maintain(now)
-                pool.trim()
-                now += 3
-
-        cleaner = threading.Thread(target=clean)
-        cleaner.start()
-        try:
-            errors = in_threads(4, lambda i: probe.audio_churn(pool, 2**40 * (i + 1), 500))
-        finally:
-            stop.set()
-            cleaner.join()
-        assert sum(errors) == 0
-        assert pool.statistics().in_use == 0
-
-    def test_streams_do_not_see_each_other(self):
-        pool = AudioBufferPool()
-        received = queue.SimpleQueue()
-
-        def stream(i):
-            chance = random.Random(i)
-            mine = []
-            for _ in range(300):
-                buffer = pool.acquire(chance.choice([100, 40_000]))
-                buffer.array[:] = i
-                if chance.random() < 0.3:
-                    mine.append(buffer.array[10:20])
-                if chance.random() < 0.3:
-                    received.put((i, buffer))
-                else:
-                    buffer.release()
-                if chance.random() < 0.3 and not received.empty():
-                    owner, other = received.get()
-                    assert (other.array == owner).all()
-                    other.release()
-                del mine[:-3]
-                assert all((array == i).all() for array in mine)
-
-        in_threads(4, stream)
-        while not received.empty():
-            received.get()
-        gc.collect()
-        assert pool.statistics().in_use == 0
-
-    def test_memory_from_elsewhere(self, probe):
-        memory = probe.counted_memory()
-        allocated, freed = probe.memory_counts()
-        pool = AudioBufferPool(PoolLimits(initial_size=2), memory=memory)
-        leases = [pool.acquire(THIRTY_SECONDS) for _ in range(3)]
-        for lease in leases:
-            lease.array.fill(1)
-        assert probe.memory_counts() == (allocated + 3, freed)
-        del lease, leases
-        pool.trim()
-        assert probe.memory_counts() == (allocated + 3, freed + 1)
-        del pool
-        assert probe.memory_counts() == (allocated + 3, freed + 3)
-
-
-class TestTranscriptionResultPool:
-    def test_a_result_holds_what_it_is_given(self):
-        pool = TranscriptionResultPool()
-        with pool.acquire() as result:
-            result.text = "Grüße, 世界"
-            result.tokens = range(5)
-            result.add_segment(0.5, 1.25, 1, 3, avg_logprob=-0.25, no_speech_prob=0.125)
-            result.add_segment(1.25, 1.25)
-            result.language = "de"
-            result.confidence = 0.5
-            result.span = 10, 12.5
-            result.timings = 0.25, 0.5
-            result.is_final = True
-            assert result.text == "Grüße, 世界"
-            assert result.tokens == [0, 1, 2, 3, 4]
-            assert result.segments[0] == ResultSegment(0.5, 1.25, 1, 3, -0.25, 0.125)
-            assert result.segments[1][:4] == (1.25, 1.25, 0, 0)
-            assert result.language == "de"
-            assert result.confidence == 0.5
-            assert result.span == (10.0, 12.5)
-            assert result.timings == (0.25, 0.5)
-            assert result.is_final is True
-
-    def test_the_next_one_starts_empty(self):
-        pool = TranscriptionResultPool()
-        with pool.acquire() as result:
-            self.test_a_result_holds_what_it_is_given()
-            result.text = "old"
-            result.tokens = [1]
-            result.add_segment(0, 1)
-            result.language = "xx"
-            result.confidence = 1
-            result.is_final = True
-        with pool.acquire() as result:
-            assert (result.text, result.tokens, result.segments) == ("", [], [])
-            assert (result.language, result.confidence, result.is_final) == (None, None, False)
-            assert (result.span, result.timings) == ((0.0, 0.0), (0.0, 0.0))
-        assert pool.statistics().misses == 1
-
-    def test_what_was_read_outlives_the_lease(self):
-        pool = TranscriptionResultPool()
-        with pool.acquire() as result:
-            result.text, result.tokens = "first", [1, 2]
-            text, tokens = result.text, result.tokens
-        with pool.acquire() as result:
-            result.text, result.tokens = "other", [3, 4]
-        assert (text, tokens) == ("first", [1, 2])
-
-    @pytest.mark.parametrize(
-        ("name", "value", "error"),
-        [
-            ("text", None, TypeError),
-            ("text", b"bytes", TypeError),
-            ("text", "\ud800", UnicodeEncodeError),
-            ("tokens", [1, 2**31], OverflowError),
-            ("tokens", [1, "2"], TypeError),
-            ("tokens", 5, TypeError),
-            ("language", "a language with a long name", OptionError),
-            ("language", 5, TypeError),
-            ("confidence", 1.5, OptionError),
-            ("confidence", -0.1, OptionError),
-            ("confidence", "sure", TypeError),
-            ("span", (2, 1), OptionError),
-            ("span", (-1, 1), OptionError),
-            ("span", (math.nan, 1), OptionError),
-            ("span", 5, TypeError),
-            ("timings", (-1, 1), OptionError),
-            ("timings", (0, math.nan), OptionError),
-        ],
-    )
-    def test_bad_values_change_nothing(self, name, value, error):
-        with TranscriptionResultPool().acquire() as result:
-            result.text, result.tokens = "text", [1, 2]
-            result.language, result.confidence = "en", 0.5
-            result.span, result.timings = (1, 2), (3, 4)
-            before = getattr(result, name)
-            with pytest.raises(error):
-                setattr(result, name, value)
-            assert getattr(result, name) == before
-
-    @pytest.mark.parametrize(
-        "segment",
-        [(2, 1), (-1, 1), (math.nan, 1), (0, 1, 0, 4), (0, 1, -1, 1), (0, 1, 0, -1), (0, 1, 4, 0)],
-    )
-    def test_bad_segment(self, segment):
-        with TranscriptionResultPool().acquire() as result:
-            result.tokens = [1, 2, 3]
-            with pytest.raises(OptionError):
-                result.add_segment(*segment)
-            assert result.segments == []
-
-    def test_everything_after_release(self):
-        result = TranscriptionResultPool().acquire()
-        result.release()
-        names = ["text", "tokens", "segments", "language", "confidence", "is_final", "span"]
-        for name in [*names, "timings"]:
-            with pytest.raises(HandleError):
-                getattr(result, name)
-        with pytest.raises(HandleError):
-            result.text = "late"
-        with pytest.raises(HandleError):
-            result.tokens = [1]
-        with pytest.raises(HandleError):
-            result.add_segment(0, 1)
-
-    def test_long_results(self):
-        pool = TranscriptionResultPool()
-        for _ in range(2):
-            with pool.acquire() as result:
-                result.text = "x" * 10**6
-                result.tokens = range(10**5)
-                for i in range(10**4):
-                    result.add_segment(i, i + 1)
-                assert len(result.text) == 10**6
-                assert result.tokens[-1] == 10**5 - 1
-                assert result.segments[-1].end == 10**4
-
-
 class TestNativePool:
     @pytest.mark.parametrize(
         "arguments", [(0, 10), (2**40, 10), (8, 0), (8, 2**19 + 1), (8, 10, 11)]
@@ -1237,72 +780,7 @@ class NativePoolModel(RuleBasedStateMachine):
         assert self.pool.use()[0] == len(self.live)
 
 
-class AudioPoolModel(RuleBasedStateMachine):
-    """A pool of audio buffers against lists of what the buffers and arrays should hold."""
-
-    LIMIT = 3 * MIB
-
-    def __init__(self):
-        super().__init__()
-        self.pool = AudioBufferPool(PoolLimits(max_bytes=self.LIMIT, max_size=12))
-        self.leases = []  # (buffer, value)
-        self.arrays = []  # (array, value), of buffers that are released
-        self.count = 0
-        self.now = 0.0
-
-    @rule(n_samples=st.sampled_from([1, 16 * KIB, 16 * KIB + 1, 200 * KIB]), dtype=st.booleans())
-    def acquire(self, n_samples, dtype):
-        try:
-            buffer = self.pool.acquire(n_samples, "int16" if dtype else "float32")
-        except PoolExhausted:
-            assert self.pool.statistics().in_use > 0
-            return
-        self.count = (self.count + 1) % 1000
-        buffer.array[:] = self.count
-        self.leases.append((buffer, self.count))
-
-    @precondition(lambda self: self.leases)
-    @rule(data=st.data(), keep=st.booleans())
-    def release(self, data, keep):
-        index = data.draw(st.integers(0, len(self.leases) - 1))
-        buffer, value = self.leases.pop(index)
-        if keep:
-            self.arrays.append((buffer.array[-1:], value))
-        buffer.release()
-
-    @precondition(lambda self: self.arrays)
-    @rule()
-    def drop_array(self):
-        self.arrays.pop()
-
-    @rule()
-    def trim(self):
-        self.pool.trim()
-        assert self.pool.statistics().idle == 0
-
-    @rule(seconds=st.floats(0, 15))
-    def maintain(self, seconds):
-        self.now += seconds
-        self.pool.maintain(self.now)
-
-    @invariant()
-    def memory_is_nobody_elses(self):
-        for buffer, value in self.leases:
-            assert (buffer.array == value).all()
-        for array, value in self.arrays:
-            assert (array == value).all()
-        statistics = self.pool.statistics()
-        assert statistics.in_use == len(self.leases) + len(self.arrays)
-        assert statistics.reserved_bytes <= self.LIMIT
-        assert statistics.in_use + statistics.idle <= 12
-
-
 def test_native_pool_model(probe):
     NativePoolModel.probe = probe
     run = settings(max_examples=60, stateful_step_count=60, deadline=None)
     run_state_machine_as_test(NativePoolModel, settings=run)
-
-
-def test_audio_pool_model():
-    run = settings(max_examples=40, stateful_step_count=40, deadline=None)
-    run_state_machine_as_test(AudioPoolModel, settings=run)
