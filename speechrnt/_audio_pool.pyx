@@ -14,12 +14,12 @@ weak references do not.
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo, PyObject_GetBuffer
 from cpython.object cimport PyObject
-from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 from libcpp.atomic cimport atomic, memory_order_relaxed
-from speechrnt._pools cimport SR_EXHAUSTED, SR_OK, SR_STALE, raise_status
+from speechrnt._pools cimport SR_EXHAUSTED, SR_INVALID, SR_OK, SR_STALE, raise_status
 
 import time
 
@@ -32,6 +32,7 @@ __all__ = ["AudioBuffer", "AudioBufferPool"]
 
 AUDIO_LIMITS = PoolLimits(max_size=65536, max_bytes=2**30)
 UNLIMITED = 2**62
+cdef bytes MEMORY_CAPSULE = b"speechrnt.sr_memory"
 
 
 cdef extern from "Python.h":
@@ -156,13 +157,15 @@ cdef class AudioBufferPool:
     initial_samples : int
         Length that the initial buffers are for, in samples of float32; 30 s unless given.
     memory : capsule, optional
-        Where buffers come from, as declared in speechrnt/_audio_pool.pxd; page-locked memory, for
-        example. Pages of such memory are not given to the system, only freed.
+        Where buffers come from: a capsule named ``speechrnt.sr_memory`` around the functions that
+        speechrnt/capi.pxd declares as `sr_audio_memory`; page-locked memory, for example. Pages of
+        such memory are not given to the system, only freed. The pool keeps the capsule.
 
     Raises
     ------
     OptionError
-        A number is out of range, or the limits have no room for the initial buffers.
+        A number is out of range, the limits have no room for the initial buffers, or `memory` is
+        something else.
     PoolExhausted
         There is no memory for the initial buffers.
 
@@ -191,10 +194,17 @@ cdef class AudioBufferPool:
         options.overflow = limits.overflow == "allocate"
         options.memory = NULL
         if memory is not None:
-            options.memory = <sr_memory *> PyCapsule_GetPointer(memory, b"speechrnt.sr_memory")
+            if not PyCapsule_IsValid(memory, MEMORY_CAPSULE):
+                raise OptionError(
+                    f"memory must be a capsule named {MEMORY_CAPSULE.decode()!r}, not {memory!r}"
+                )
+            options.memory = <sr_memory *> PyCapsule_GetPointer(memory, MEMORY_CAPSULE)
         self.limits = limits
         self.memory = memory
-        raise_status(audio_pool_new(&options, &self.pool), "pools")
+        status = audio_pool_new(&options, &self.pool)
+        if status == SR_INVALID:
+            raise OptionError("memory must have both of its functions")
+        raise_status(status, "pools")
         if limits.initial_size:
             status = audio_pool_reserve(self.pool, size, limits.initial_size)
             if status == SR_EXHAUSTED:

@@ -569,7 +569,9 @@ inline void block_maintain(sr_audio_pool *pool, double now, double epoch, double
 }
 
 inline sr_status block_pool_new(const sr_audio_options &options, sr_audio_pool **result) {
-    if (options.hard == 0 || options.hard > kMaxBlocks) {
+    const sr_memory *memory = options.memory;
+    if (options.hard == 0 || options.hard > kMaxBlocks ||
+        (memory != nullptr && (memory->alloc == nullptr || memory->free == nullptr))) {
         return SR_INVALID;
     }
     std::unique_ptr<sr_audio_pool> pool;
@@ -580,9 +582,9 @@ inline sr_status block_pool_new(const sr_audio_options &options, sr_audio_pool *
         return SR_NO_MEMORY;
     }
     pool->options = options;
-    pool->own_memory = options.memory == nullptr;
+    pool->own_memory = memory == nullptr;
     if (!pool->own_memory) {
-        pool->memory = *options.memory;
+        pool->memory = *memory;
     }
     for (std::uint32_t i = 0; i < pool->classes.size(); ++i) {
         pool->classes[i].capacity = i < kNSmall ? kSmallClasses[i] : (i - kNSmall + 1) * kHugePage;

@@ -44,8 +44,10 @@ struct sr_pool_statistics {
 };
 
 /* Where buffers come from, if not from the system: page-locked memory, for example. Both functions
-   are called without a lock of the pool, with or without the GIL, on any thread. `alloc` returns
-   null when there is none; alignment is a power of two. */
+   are called without a lock of the pool, with or without the GIL, on any thread, and in the child of
+   a fork. `alloc` returns memory that the CPU can write, at a multiple of `alignment`, a power of
+   two, or null when there is none; `free` gets what `alloc` returned and the size it was asked for.
+   `ctx` must stay good until the pool is gone. */
 struct sr_memory {
     void *(*alloc)(void *ctx, size_t size, size_t alignment);
     void (*free)(void *ctx, void *memory, size_t size);

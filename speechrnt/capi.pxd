@@ -61,7 +61,8 @@ cdef void sr_pool_use(sr_pool *pool, uint64_t *in_use, uint64_t *idle) noexcept 
 # are as above. Use `sr_audio_pool_of` to share a pool with Python.
 
 # Memory from elsewhere than the system. Both functions may be called from any thread, with or
-# without the GIL; alloc returns null when there is none.
+# without the GIL; alloc returns null when there is none. In Python, a capsule named
+# "speechrnt.sr_memory" that holds a pointer to one is what AudioBufferPool takes as `memory`.
 cdef struct sr_audio_memory:
     void *(*alloc)(void *ctx, size_t size, size_t alignment) noexcept nogil
     void (*free)(void *ctx, void *memory, size_t size) noexcept nogil

@@ -55,11 +55,6 @@ class TestAudioBufferPool:
         with pytest.raises(OptionError, match="count must be from 1"):
             AudioBufferPool().reserve(1, count)
 
-    @pytest.mark.parametrize("memory", [5, "pinned", object()])
-    def test_memory_that_is_no_capsule(self, memory):
-        with pytest.raises(ValueError, match="PyCapsule"):
-            AudioBufferPool(memory=memory)
-
     @pytest.mark.parametrize("dtype", ["float32", "int16", np.float32, np.int16, np.dtype("i2")])
     def test_array(self, dtype):
         with AudioBufferPool().acquire(1000, dtype) as buffer:
@@ -301,19 +296,102 @@ class TestAudioBufferPool:
         gc.collect()
         assert pool.statistics().in_use == 0
 
-    def test_memory_from_elsewhere(self, probe):
-        memory = probe.counted_memory()
-        allocated, freed = probe.memory_counts()
-        pool = AudioBufferPool(PoolLimits(initial_size=2), memory=memory)
+
+class TestMemoryFromElsewhere:
+    @pytest.fixture
+    def memory(self, probe):
+        """A capsule, and a function that returns the calls and bytes since the test began."""
+        before = probe.memory_counts()
+
+        def since():
+            now = probe.memory_counts()
+            return tuple(now[i] - before[i] for i in range(3))
+
+        yield probe.counted_memory(), since
+        probe.refuse_memory(False)
+
+    def test_all_of_it_is_taken_and_given_back_there(self, memory):
+        capsule, since = memory
+        pool = AudioBufferPool(PoolLimits(initial_size=2), memory=capsule)
         leases = [pool.acquire(THIRTY_SECONDS) for _ in range(3)]
         for lease in leases:
             lease.array.fill(1)
-        assert probe.memory_counts() == (allocated + 3, freed)
+        assert since()[:2] == (3, 0)
         del lease, leases
         pool.trim()
-        assert probe.memory_counts() == (allocated + 3, freed + 1)
+        assert since()[:2] == (3, 1)
         del pool
-        assert probe.memory_counts() == (allocated + 3, freed + 3)
+        assert since() == (3, 3, 0)
+
+    def test_overflow_too(self, memory):
+        capsule, since = memory
+        pool = AudioBufferPool(PoolLimits(max_size=1, overflow="allocate"), memory=capsule)
+        leases = [pool.acquire(100), pool.acquire(100)]
+        assert since()[:2] == (2, 0)
+        leases.pop().release()
+        assert since()[:2] == (2, 1)
+
+    def test_arrays_hold_on_to_it(self, memory):
+        capsule, since = memory
+        pool = AudioBufferPool(memory=capsule)
+        del capsule
+        array = pool.acquire(100).array
+        del pool
+        gc.collect()
+        array[:] = 1
+        assert since()[1] == 0
+        del array
+        assert since() == (1, 1, 0)
+
+    def test_its_pages_are_not_advised_upon(self, memory):
+        pool = AudioBufferPool(PoolLimits(soft_size=0), memory=memory[0])
+        pool.maintain(0.0)
+        pool.acquire(THIRTY_SECONDS).release()
+        pool.maintain(5.0)
+        assert (pool.statistics().purges, pool.statistics().idle) == (0, 1)
+        pool.maintain(10.0)
+        assert (pool.statistics().purges, pool.statistics().idle) == (1, 0)
+
+    def test_when_there_is_none_left_the_pool_stays_usable(self, probe, memory):
+        capsule, since = memory
+        pool = AudioBufferPool(memory=capsule)
+        pool.acquire(100).release()
+        probe.refuse_memory(True)
+        with pytest.raises(PoolExhausted, match="no memory left"):
+            pool.acquire(THIRTY_SECONDS)
+        with pytest.raises(PoolExhausted, match="no memory left"):
+            pool.reserve(THIRTY_SECONDS, 1)
+        with pytest.raises(PoolExhausted, match="no memory left"):
+            AudioBufferPool(PoolLimits(initial_size=2), memory=capsule)
+        pool.acquire(100).release()
+        statistics = pool.statistics()
+        assert (statistics.in_use, statistics.idle, statistics.misses) == (0, 1, 1)
+        probe.refuse_memory(False)
+        pool.acquire(THIRTY_SECONDS).release()
+        del pool
+        assert since()[2] == 0
+
+    def test_threads_without_the_gil(self, probe, memory):
+        capsule, since = memory
+        pool = AudioBufferPool(PoolLimits(max_size=12, overflow="allocate"), memory=capsule)
+        errors = in_threads(4, lambda i: probe.audio_churn(pool, 2**40 * (i + 1), 300))
+        assert sum(errors) == 0
+        assert pool.statistics().in_use == 0
+        pool.trim()
+        assert since()[2] == 0
+
+    @pytest.mark.parametrize("wrong", [5, "pinned", object()])
+    def test_something_else(self, wrong):
+        with pytest.raises(OptionError, match=r"must be a capsule named 'speechrnt\.sr_memory'"):
+            AudioBufferPool(memory=wrong)
+
+    def test_another_capsule(self, probe):
+        with pytest.raises(OptionError, match="must be a capsule named"):
+            AudioBufferPool(memory=probe.counted_memory(b"speechrnt.other"))
+
+    def test_a_missing_function(self, probe):
+        with pytest.raises(OptionError, match="must have both of its functions"):
+            AudioBufferPool(memory=probe.counted_memory(whole=False))
 
 
 class AudioPoolModel(RuleBasedStateMachine):

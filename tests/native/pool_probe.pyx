@@ -1,5 +1,6 @@
 """What only C code can do with the pools, for tests: calls without the GIL, raw handles."""
 
+cimport cython
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from speechrnt.capi cimport (
@@ -185,30 +186,45 @@ def calls_during(uintptr_t counter, object pool, long n):
 cdef struct Counts:
     long allocated
     long freed
+    size_t bytes
+    bint refused
+
+
+cdef cython.pymutex lock
 
 
 cdef void *counted_alloc(void *ctx, size_t size, size_t alignment) noexcept nogil:
-    cdef void *memory = aligned_alloc(alignment, size)
-    (<Counts *> ctx).allocated += 1
-    return memory
+    cdef Counts *counts = <Counts *> ctx
+    if counts.refused:
+        return NULL
+    with lock:
+        counts.allocated += 1
+        counts.bytes += size
+    return aligned_alloc(alignment, size)
 
 
 cdef void counted_free(void *ctx, void *memory, size_t size) noexcept nogil:
+    cdef Counts *counts = <Counts *> ctx
     free(memory)
-    (<Counts *> ctx).freed += 1
+    with lock:
+        counts.freed += 1
+        counts.bytes -= size
 
 
 cdef Counts counts
-cdef sr_audio_memory counted
+cdef sr_audio_memory counted = sr_audio_memory(counted_alloc, counted_free, &counts)
+cdef sr_audio_memory broken = sr_audio_memory(counted_alloc, NULL, &counts)
 
 
-def counted_memory():
+def counted_memory(name=b"speechrnt.sr_memory", bint whole=True):
     """A capsule for AudioBufferPool's `memory`."""
-    counted.alloc = counted_alloc
-    counted.free = counted_free
-    counted.ctx = &counts
-    return PyCapsule_New(&counted, b"speechrnt.sr_memory", NULL)
+    return PyCapsule_New(&counted if whole else &broken, name, NULL)
 
 
 def memory_counts():
-    return counts.allocated, counts.freed
+    """Calls of both functions, and the bytes that are out."""
+    return counts.allocated, counts.freed, counts.bytes
+
+
+def refuse_memory(bint refused):
+    counts.refused = refused
