@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(wildcard speechrnt/*.pyx speechrnt/*.pxd speechrnt/*.h)
-STUBBED := $(patsubst speechrnt/%.pyi,speechrnt.%,$(wildcard speechrnt/*.pyi))
+# The GPU modules exist on Linux only.
+NOT_BUILT := $(if $(filter Linux,$(shell uname)),,speechrnt._gpu% speechrnt.capi_gpu)
+STUBBED := $(filter-out $(NOT_BUILT),$(patsubst speechrnt/%.pyi,speechrnt.%,$(wildcard speechrnt/*.pyi)))
 REPAIR := $(if $(filter Darwin,$(shell uname)),delocate-wheel,auditwheel repair)
 # The sanitizers must be loaded first, at addresses that are not random; the build in build/ hides ours.
 SANITIZED = SPEECHRNT_BUILD=$@ PYTHONSAFEPATH=1 PYTHONPATH=build/$@/lib \

@@ -7,9 +7,14 @@ SPEECHRNT_WERROR
 SPEECHRNT_BUILD
     ``debug``, ``tsan`` or ``asan`` makes a build for tests, with assertions and a sanitizer.
     All but ``tsan`` have rings of 4 slots, so that they fill and wrap around all the time.
+SPEECHRNT_GPU
+    ``1`` makes it an error if the GPU modules cannot be built, as the release builds do; ``0``
+    leaves them out. Otherwise they are built where cuda-bindings and cuda.h are installed.
 """
 
+import importlib.metadata
 import os
+import re
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -58,17 +63,53 @@ Options.warning_errors = True
 for module in (Errors, ExprNodes, PyrexTypes, Symtab):
     module.performance_hint = refuse_performance_hint
 
+
+def find_cuda():
+    """Return the directory of cuda.h, and None; or None, and why the GPU modules cannot be built.
+
+    The header must be at least as new as cuda-bindings, whose declarations name its types.
+    """
+    if os.environ.get("SPEECHRNT_GPU") == "0":
+        return None, "SPEECHRNT_GPU is 0"
+    try:
+        bindings = importlib.metadata.version("cuda-bindings")
+        from cuda import pathfinder
+    except ImportError:
+        return None, "cuda-bindings is not installed"
+    directory = pathfinder.find_nvidia_header_directory("cudart")
+    if directory is None:
+        return None, "cuda.h was not found; nvidia-cuda-runtime-cu12 has it"
+    header = (Path(directory) / "cuda.h").read_text(encoding="utf-8", errors="replace")
+    version = int(re.search(r"^#define CUDA_VERSION (\d+)", header, re.MULTILINE)[1])
+    header_version = (version // 1000, version // 10 % 100)
+    if header_version < tuple(int(part) for part in bindings.split(".")[:2]):
+        return None, "cuda.h is {}.{}, older than cuda-bindings {}".format(
+            *header_version, bindings
+        )
+    return directory, None
+
+
+cuda_include, why_no_cuda = find_cuda()
+if why_no_cuda is not None:
+    if os.environ.get("SPEECHRNT_GPU") == "1":
+        raise SystemExit(f"the GPU modules cannot be built: {why_no_cuda}")
+    print(f"building without the GPU modules: {why_no_cuda}")
+
 headers = [str(path) for path in sorted(Path("speechrnt").glob("*.h"))]
+sources = sorted(Path("speechrnt").glob("*.pyx"))
+gpu_modules = {path.stem for path in sources if path.stem.startswith(("_gpu", "capi_gpu"))}
 extensions = [
     Extension(
         f"speechrnt.{source.stem}",
         [str(source)],
         language="c++",
+        include_dirs=[cuda_include] if source.stem in gpu_modules else [],
         extra_compile_args=[*CXX_FLAGS, *build_flags, *sanitizer],
         extra_link_args=sanitizer,
         depends=headers,
     )
-    for source in sorted(Path("speechrnt").glob("*.pyx"))
+    for source in sources
+    if why_no_cuda is None or source.stem not in gpu_modules
 ]
 
 setup(

@@ -11,6 +11,9 @@ __all__ = [
     "AudioFileError",
     "AudioNotFoundError",
     "DeadlineExceeded",
+    "GpuError",
+    "GpuOutOfMemory",
+    "GpuUnavailable",
     "HandleError",
     "InvalidAudioError",
     "ModelError",
@@ -83,3 +86,15 @@ class PoolClosedError(SpeechRNTError, RuntimeError):
 
 class HandleError(SpeechRNTError, ValueError):
     """A handle that was released already, or is not of this pool."""
+
+
+class GpuUnavailable(SpeechRNTError, RuntimeError):  # noqa: N818
+    """There is no GPU, or something that is needed to use it is not installed."""
+
+
+class GpuError(SpeechRNTError, RuntimeError):
+    """The NVIDIA driver refused a call, or failed for good."""
+
+
+class GpuOutOfMemory(PoolExhausted):
+    """A pool of GPU memory is at its limit, or the GPU has no more memory."""

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import ctranslate2
 
-__all__ = ["cpu_name", "usable_cores", "usable_memory", "why_no_gpu"]
+__all__ = ["cpu_name", "usable_cores", "usable_memory", "why_no_cuda", "why_no_gpu"]
 
+_CUDA_ERROR_NO_DEVICE = 100
+_OLDEST_CUDA = 12000  # as the driver writes 12.0
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_MEMBERSHIPS = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -59,6 +61,13 @@ def why_no_gpu() -> str | None:
     """Return in one sentence why CTranslate2 has no GPU to use; None if it has one."""
     if ctranslate2.get_cuda_device_count():
         return None
+    return (
+        why_no_cuda() or "the NVIDIA driver sees a device, but this build of CTranslate2 does not"
+    )
+
+
+def why_no_cuda() -> str | None:
+    """Return in one sentence why no program can use an NVIDIA GPU here; None if one can."""
     if sys.platform != "linux":
         return f"CUDA is not supported on {platform.system()}"
     try:
@@ -66,9 +75,16 @@ def why_no_gpu() -> str | None:
     except OSError:
         return "no NVIDIA driver is installed (libcuda.so.1 was not found)"
     code = driver.cuInit(0)
+    if code == _CUDA_ERROR_NO_DEVICE:
+        return "the NVIDIA driver sees no GPU"
     if code:
         return f"the NVIDIA driver cannot be used here (cuInit returned error {code})"
-    return "the NVIDIA driver sees a device, but this build of CTranslate2 does not"
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    if version.value < _OLDEST_CUDA:
+        supported = f"{version.value // 1000}.{version.value // 10 % 100}"
+        return f"the NVIDIA driver is too old: it supports CUDA {supported}, and 12.0 is needed"
+    return None
 
 
 def _cgroup_limits(

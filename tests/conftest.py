@@ -17,6 +17,8 @@ SLOW_LAST = ["test_inference_memory", "test_packaging", "test_parity"]
 
 # These run against an installed wheel, away from the sources: see test_packaging.py.
 collect_ignore = ["wheel"]
+if "SPEECHRNT_CUDA" not in os.environ:
+    collect_ignore.append("gpu")  # in processes of their own: see test_gpu.py
 
 
 def pytest_collection_modifyitems(items):

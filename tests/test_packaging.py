@@ -86,6 +86,8 @@ def test_the_wheel_holds_the_package_and_its_extensions(wheel):
     extensions = {name for name in files if name.endswith(".so")}
     assert files - extensions == package_files()
     sources = {path.stem for path in PACKAGE.glob("*.pyx")}
+    if sys.platform != "linux":
+        sources = {name for name in sources if not name.startswith(("_gpu", "capi_gpu"))}
     assert {Path(name).name.partition(".")[0] for name in extensions} == sources
 
 
@@ -145,6 +147,25 @@ def test_what_cython_complains_of_fails_the_build(source, complaint, tmp_path):
         )
         assert done.returncode != 0, attempt
         assert complaint in done.stdout + done.stderr
+
+
+def test_a_release_build_needs_the_gpu_modules(tmp_path):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "speechrnt").mkdir()
+    (tmp_path / "speechrnt" / "_gpu.pyx").write_text("")
+    hide = "import sys; sys.modules['cuda'] = None; import runpy; runpy.run_path('setup.py')"
+    for required, outcome in (("1", 1), ("", 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", hide.replace(";", "; sys.argv = ['setup.py', 'build'];", 1)],
+            cwd=tmp_path,
+            env={**os.environ, "SPEECHRNT_GPU": required},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == outcome, done.stderr
+        assert "the GPU modules" in done.stdout + done.stderr
+        assert "cuda-bindings is not installed" in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_binaries_run_on_every_cpu():

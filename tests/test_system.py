@@ -189,16 +189,20 @@ def test_a_missing_driver_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "sentence"),
+    ("code", "version", "sentence"),
     [
-        (100, "the NVIDIA driver cannot be used here (cuInit returned error 100)"),
-        (803, "the NVIDIA driver cannot be used here (cuInit returned error 803)"),
-        (0, "the NVIDIA driver sees a device, but this build of CTranslate2 does not"),
+        (100, 12090, "the NVIDIA driver sees no GPU"),
+        (803, 12090, "the NVIDIA driver cannot be used here (cuInit returned error 803)"),
+        (0, 11080, "the NVIDIA driver is too old: it supports CUDA 11.8, and 12.0 is needed"),
+        (0, 12000, "the NVIDIA driver sees a device, but this build of CTranslate2 does not"),
     ],
 )
-def test_a_driver_without_use_is_said(monkeypatch, code, sentence):
+def test_a_driver_without_use_is_said(monkeypatch, code, version, sentence):
+    def get_version(result):
+        result._obj.value = version
+
     monkeypatch.setattr(ctranslate2, "get_cuda_device_count", lambda: 0)
     monkeypatch.setattr(sys, "platform", "linux")
-    driver = types.SimpleNamespace(cuInit=lambda flags: code)
+    driver = types.SimpleNamespace(cuInit=lambda flags: code, cuDriverGetVersion=get_version)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     assert system.why_no_gpu() == sentence
