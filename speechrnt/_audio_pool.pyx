@@ -18,7 +18,6 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
-from libcpp.atomic cimport atomic, memory_order_relaxed
 from speechrnt._pools cimport SR_EXHAUSTED, SR_INVALID, SR_OK, SR_STALE, raise_status
 
 import time
@@ -26,7 +25,7 @@ import time
 import numpy as np
 
 from speechrnt._pools import PoolLimits, PoolStatistics, check_limits, health_of
-from speechrnt.errors import OptionError, PoolClosedError
+from speechrnt.errors import OptionError
 
 __all__ = ["AudioBuffer", "AudioBufferPool"]
 
@@ -57,6 +56,8 @@ cdef extern from "_block_pool.h" namespace "speechrnt_pools" nogil:
     uint32_t block_slots(sr_audio_pool *pool)
     int block_reserve(sr_audio_pool *pool, size_t size, uint32_t count)
     void block_trim(sr_audio_pool *pool)
+    void block_close(sr_audio_pool *pool)
+    bint block_is_closed(sr_audio_pool *pool)
     void block_maintain(
         sr_audio_pool *pool, double now, double epoch, double purge_after, double unmap_after,
     )
@@ -181,7 +182,7 @@ cdef class AudioBufferPool:
     cdef sr_audio_pool *pool
     cdef object limits
     cdef object memory
-    cdef atomic[bint] closed
+    cdef object __weakref__
 
     def __cinit__(self, limits=None, *, initial_samples=480_000, memory=None):
         cdef sr_audio_options options
@@ -253,8 +254,6 @@ cdef class AudioBufferPool:
         buffer.itemsize = 4 if buffer.dtype is float32 else 2
         size = bytes_of(n_samples, buffer.itemsize)
         buffer.n_samples = size // buffer.itemsize
-        if self.closed.load(memory_order_relaxed):
-            raise PoolClosedError("the pool is closed")
         status = block_acquire(self.pool, size, &buffer.handle, &buffer.memory)
         if status != SR_OK:
             raise_status(status, self.limit())
@@ -308,8 +307,8 @@ cdef class AudioBufferPool:
         """Give memory back that recent demand does not explain.
 
         Of each size class, the buffers used least recently: after `purge_after_s` the system may
-        have their pages when it needs them, and after `free_after_s` they are unmapped. Call it
-        about once per `epoch_s`, from a background task.
+        have their pages when it needs them, and after `free_after_s` they are unmapped. To be
+        called about once per `epoch_s`: see `maintain_on`.
 
         Parameters
         ----------
@@ -324,13 +323,17 @@ cdef class AudioBufferPool:
             audio_pool_maintain(self.pool, c_now, epoch, purge_after, free_after)
 
     def close(self):
-        """Free all idle buffers that were not reserved and refuse further acquires.
+        """Free all idle buffers, reserved ones too, and refuse further acquires.
 
-        Buffers in use stay good. The rest of the memory goes when the last of them is released and
-        the pool is collected. Closing twice is harmless.
+        Buffers in use stay good, and are freed when they are released. Closing twice is harmless.
         """
-        self.closed.store(True, memory_order_relaxed)
-        self.trim()
+        with nogil:
+            block_close(self.pool)
+
+    @property
+    def closed(self):
+        """Whether `close` was called."""
+        return block_is_closed(self.pool)
 
     def health(self):
         """Return the use against the limits, as a `PoolHealth`."""
@@ -339,7 +342,7 @@ cdef class AudioBufferPool:
         utilisation = now.in_use / self.limits.max_size
         if self.limits.max_bytes is not None:
             utilisation = max(utilisation, now.in_use_bytes / self.limits.max_bytes)
-        return health_of(self.closed.load(memory_order_relaxed), utilisation)
+        return health_of(self.closed, utilisation)
 
     def statistics(self):
         """Return a `PoolStatistics`."""
@@ -490,7 +493,7 @@ cdef class AudioBuffer:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, exc_type, exc_value, traceback, /):
         self.end()
 
     def __dealloc__(self):

@@ -92,6 +92,7 @@ struct sr_audio_pool {
     sr_audio_statistics counts{};
     double clock = 0;  // as of the last maintenance
     double epoch_start = 0;
+    bool closed = false;
     sr_audio_pool *next_pool = nullptr;
 };
 
@@ -300,6 +301,9 @@ inline sr_status open_slot(sr_audio_pool *pool, std::uint32_t size_class, Doomed
                         std::uint32_t *index) {
     const std::size_t size = pool->classes[size_class].capacity;
     const sr_audio_options &options = pool->options;
+    if (pool->closed) {
+        return SR_CLOSED;
+    }
     if (fits(pool, size)) {
         *doomed = make_room(pool, size);
     }
@@ -337,7 +341,7 @@ inline sr_status block_acquire(sr_audio_pool *pool, std::size_t size, std::uint6
         const std::lock_guard<std::mutex> guard(pool->mutex);
         SizeClass &stack = pool->classes[size_class];
         index = stack.top;
-        hit = index != kNoBlock;
+        hit = index != kNoBlock && !pool->closed;
         if (hit) {
             unlink(pool, index);
             Block &block = pool->blocks[index];
@@ -389,7 +393,7 @@ inline sr_status find(sr_audio_pool *pool, std::uint64_t handle, std::unique_loc
 inline void recycle(sr_audio_pool *pool, std::uint32_t index, std::unique_lock<std::mutex> lock) {
     Block &block = pool->blocks[index];
     uncount_lease(pool, block);
-    if (block.overflow) {
+    if (block.overflow || pool->closed) {
         char *memory = block.memory;
         const std::size_t size = block.capacity;
         vacate(pool, index);
@@ -456,11 +460,15 @@ inline sr_status block_reserve(sr_audio_pool *pool, std::size_t size, std::uint3
         return SR_INVALID;
     }
     const std::uint32_t size_class = class_of(size);
+    size = pool->classes[size_class].capacity;
     for (;;) {
         std::uint32_t index;
         {
             const std::lock_guard<std::mutex> guard(pool->mutex);
             SizeClass &stack = pool->classes[size_class];
+            if (pool->closed) {
+                return SR_CLOSED;
+            }
             if (stack.idle >= count) {
                 stack.floor = std::max(stack.floor, count);
                 return SR_OK;
@@ -482,14 +490,21 @@ inline sr_status block_reserve(sr_audio_pool *pool, std::size_t size, std::uint3
         if (block.memory != nullptr) {
             populate(pool, block.memory, block.capacity);
         }
-        const std::lock_guard<std::mutex> guard(pool->mutex);
-        if (block.memory == nullptr) {
-            uncount_idle(pool, block);
-            vacate(pool, index);
+        std::unique_lock<std::mutex> lock(pool->mutex);
+        if (block.memory != nullptr && !pool->closed) {
+            block.idle_since = pool->clock;
+            push(pool, index);
+            continue;
+        }
+        char *memory = block.memory;
+        uncount_idle(pool, block);
+        vacate(pool, index);
+        lock.unlock();
+        if (memory == nullptr) {
             return SR_NO_MEMORY;
         }
-        block.idle_since = pool->clock;
-        push(pool, index);
+        give_up(pool, memory, size);
+        return SR_CLOSED;
     }
 }
 
@@ -540,6 +555,23 @@ inline void block_trim(sr_audio_pool *pool) {
     }
 }
 
+/* Unmap all that is idle, and from now on whatever is released; lend nothing more. */
+inline void block_close(sr_audio_pool *pool) {
+    {
+        const std::lock_guard<std::mutex> guard(pool->mutex);
+        pool->closed = true;
+        for (SizeClass &stack : pool->classes) {
+            stack.floor = 0;
+        }
+    }
+    block_trim(pool);
+}
+
+inline bool block_is_closed(sr_audio_pool *pool) {
+    const std::lock_guard<std::mutex> guard(pool->mutex);
+    return pool->closed;
+}
+
 /* What a background task does about once per epoch. `now` never decreases. */
 inline void block_maintain(sr_audio_pool *pool, double now, double epoch, double purge_after,
                            double unmap_after) {
@@ -565,6 +597,10 @@ inline void block_maintain(sr_audio_pool *pool, double now, double epoch, double
             clean_class(pool, &stack, stack.idle - keep, now - purge_after, now - unmap_after,
                         &lock);
         }
+    }
+    if (pool->closed) {  // meanwhile: what was in hand here was not idle then
+        lock.unlock();
+        block_trim(pool);
     }
 }
 

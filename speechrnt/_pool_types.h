@@ -12,8 +12,9 @@ enum sr_status {
     SR_NO_MEMORY = 2, /* the system has none */
     SR_STALE = 3,     /* released already */
     SR_FOREIGN = 4,   /* a handle of another pool, or none at all */
-    SR_IN_USE = 5,   /* something is still on loan */
-    SR_INVALID = 6,  /* a size or a limit out of range */
+    SR_IN_USE = 5,    /* something is still on loan */
+    SR_INVALID = 6,   /* a size or a limit out of range */
+    SR_CLOSED = 7,
 };
 
 struct sr_pool;

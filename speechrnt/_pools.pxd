@@ -16,6 +16,7 @@ cdef extern from "_pool_types.h":
         SR_FOREIGN
         SR_IN_USE
         SR_INVALID
+        SR_CLOSED
 
     struct sr_pool:
         pass

@@ -6,10 +6,11 @@ something was made is a *miss*; one beyond the limit, made for once and dropped 
 an *overflow*.
 
 All pools take a `PoolLimits`, and have ``trim``, ``maintain``, ``close``, ``health`` and
-``statistics``. Nothing is cleaned up inside an acquire or a release: call ``maintain`` about once
-per second from a background task. Pools may be used from all threads, and what was acquired on one
-thread may be released on another. In the child of a fork, pools go on with what the child
-inherited: its copies of the idle objects, and the leases that its one thread holds.
+``statistics``. Nothing is cleaned up inside an acquire or a release: ``maintain`` does it, called
+about once per second, by `speechrnt.pools.maintain_on` or by hand. Pools may be used from all
+threads, and what was acquired on one thread may be released on another. In the child of a fork,
+pools go on with what the child inherited: its copies of the idle objects, and the leases that its
+one thread holds.
 
 The pool of fixed-size C objects, which the pools of records build on, is in _pools.pxd.
 """
@@ -92,6 +93,8 @@ cdef int raise_status(int status, object limit) except -1:
         raise HandleError("the handle was released already")
     if status == SR_FOREIGN:
         raise HandleError("the handle is not of this pool")
+    if status == SR_CLOSED:
+        raise PoolClosedError("the pool is closed")
     return 0
 
 
@@ -307,15 +310,17 @@ cdef class ObjectPool:
     cdef object validator
     cdef object deleter
     cdef object limits
-    cdef list idle
-    cdef double *idle_since  # of each object in `idle`
+    cdef object __weakref__
+    cdef list slots  # the idle objects, and then None: it keeps its length, to keep its memory
+    cdef Py_ssize_t n_idle
+    cdef double *idle_since  # of each idle object
     cdef Demand demand
     cdef Py_ssize_t object_size
     cdef uint32_t initial
     cdef uint32_t soft
     cdef uint32_t hard
     cdef bint may_overflow
-    cdef bint closed
+    cdef readonly bint closed
     cdef uint32_t in_use
     cdef uint32_t n_overflow  # of those in use
     cdef uint32_t peak
@@ -347,15 +352,16 @@ cdef class ObjectPool:
         self.idle_since = <double *> PyMem_Calloc(self.hard, sizeof(double))
         if self.idle_since == NULL:
             raise MemoryError()
-        self.idle = []
+        self.slots = []
         for _ in range(self.initial):
-            self.idle.append(self.make())
+            self.slots.append(self.make())
+            self.n_idle += 1
 
     def __dealloc__(self):
         PyMem_Free(self.idle_since)
 
     def __del__(self):
-        if self.idle is not None:
+        if self.slots is not None:
             self.close()
 
     @classmethod
@@ -380,13 +386,8 @@ cdef class ObjectPool:
         """
         cdef Lease lease = Lease.__new__(Lease)
         while self.begin(lease):
-            try:
-                if self.validator is None or self.validator(lease.object):
-                    return lease
-            except BaseException:
-                self.drop(lease)
-                raise
-            self.drop(lease)
+            if self.validator is None or self.validate(lease):
+                return lease
         try:
             lease.object = self.make()
         except BaseException:
@@ -409,8 +410,10 @@ cdef class ObjectPool:
         with cython.critical_section(self):
             if self.closed:
                 raise PoolClosedError("the pool is closed")
-            if self.idle:
-                lease.object = self.idle.pop()
+            if self.n_idle:
+                self.n_idle -= 1
+                lease.object = self.slots[self.n_idle]
+                self.slots[self.n_idle] = None
                 self.hits += 1
             elif self.in_use - self.n_overflow < self.hard:
                 self.misses += 1
@@ -432,6 +435,17 @@ cdef class ObjectPool:
             self.n_overflow -= overflow
         return 0
 
+    cdef bint validate(self, Lease lease) except -1:
+        """Whether an idle object is fit for use; if it is not, it is dropped."""
+        try:
+            if self.validator(lease.object):
+                return True
+        except BaseException:
+            self.drop(lease)
+            raise
+        self.drop(lease)
+        return False
+
     cdef int drop(self, Lease lease) except -1:
         """Undo `begin` with an object that is not fit for use."""
         dropped = lease.object
@@ -447,20 +461,24 @@ cdef class ObjectPool:
 
     cdef int take_back(self, object returned, bint overflow) except -1:
         cdef bint kept = False
-        try:
-            if self.reset is not None:
+        if self.reset is not None:
+            try:
                 self.reset(returned)
-        except BaseException:
-            self.end(overflow)
-            if self.deleter is not None:
-                self.deleter(returned)
-            raise
+            except BaseException:
+                self.end(overflow)
+                if self.deleter is not None:
+                    self.deleter(returned)
+                raise
         with cython.critical_section(self):
             self.in_use -= 1
             self.n_overflow -= overflow
             if not overflow and not self.closed:
-                self.idle_since[len(self.idle)] = self.clock
-                self.idle.append(returned)
+                if self.n_idle < len(self.slots):
+                    self.slots[self.n_idle] = returned
+                else:
+                    self.slots.append(returned)
+                self.idle_since[self.n_idle] = self.clock
+                self.n_idle += 1
                 kept = True
         if not kept and self.deleter is not None:
             self.deleter(returned)
@@ -468,18 +486,19 @@ cdef class ObjectPool:
 
     cdef Py_ssize_t reserved(self) except -1:
         with cython.critical_section(self):
-            return <Py_ssize_t> (self.in_use - self.n_overflow) + len(self.idle)
+            return <Py_ssize_t> (self.in_use - self.n_overflow) + self.n_idle
 
     cdef int clean(self, Py_ssize_t surplus, double idle_before) except -1:
         """Drop up to `surplus` idle objects, the coldest first, idle since `idle_before`."""
         cdef Py_ssize_t n = 0
         cdef list dropped
         with cython.critical_section(self):
-            while n < surplus and n < len(self.idle) and self.idle_since[n] <= idle_before:
+            while n < surplus and n < self.n_idle and self.idle_since[n] <= idle_before:
                 n += 1
-            dropped = self.idle[:n]
-            del self.idle[:n]
-            for i in range(len(self.idle)):
+            dropped = self.slots[:n]
+            del self.slots[:n]
+            self.n_idle -= n
+            for i in range(self.n_idle):
                 self.idle_since[i] = self.idle_since[i + n]
             self.purges += n
         if self.deleter is not None:
@@ -497,7 +516,7 @@ cdef class ObjectPool:
     def maintain(self, now=None):
         """Drop what recent demand does not explain and has been idle for `free_after_s`.
 
-        Call it about once per `epoch_s`, from a background task.
+        To be called about once per `epoch_s`: see `maintain_on`.
 
         Parameters
         ----------
@@ -522,7 +541,7 @@ cdef class ObjectPool:
         """
         with cython.critical_section(self):
             self.closed = True
-        self.clean(len(self.idle), self.clock)
+        self.clean(self.hard, self.clock)
 
     def health(self):
         """Return the use against the limit, as a `PoolHealth`."""
@@ -532,16 +551,15 @@ cdef class ObjectPool:
         """Return a `PoolStatistics`."""
         max_bytes = self.limits.max_bytes
         with cython.critical_section(self):
-            n_idle = len(self.idle)
             return PoolStatistics(
                 hits=self.hits,
                 misses=self.misses,
                 overflows=self.overflows,
                 in_use=self.in_use,
-                idle=n_idle,
+                idle=self.n_idle,
                 peak=self.peak,
-                reserved_bytes=(self.in_use + n_idle) * self.object_size,
-                idle_bytes=n_idle * self.object_size,
+                reserved_bytes=(self.in_use + self.n_idle) * self.object_size,
+                idle_bytes=self.n_idle * self.object_size,
                 purges=self.purges,
                 kept=0,
                 max_size=self.hard,
@@ -613,7 +631,7 @@ cdef class Lease:
     def __enter__(self):
         return self.value
 
-    def __exit__(self, *exception):
+    def __exit__(self, exc_type, exc_value, traceback, /):
         if self.pool is not None:
             self.release()
 

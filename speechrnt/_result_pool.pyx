@@ -178,7 +178,8 @@ cdef class TranscriptionResultPool:
     cdef sr_pool *pool
     cdef object limits
     cdef Py_ssize_t hard
-    cdef atomic[int] closed
+    cdef atomic[bint] is_closed
+    cdef object __weakref__
 
     def __cinit__(self, limits=None):
         cdef sr_pool_options options
@@ -210,7 +211,7 @@ cdef class TranscriptionResultPool:
             The pool is closed.
         """
         cdef TranscriptionResult result = TranscriptionResult.__new__(TranscriptionResult)
-        if self.closed.load(memory_order_relaxed):
+        if self.is_closed.load(memory_order_relaxed):
             raise PoolClosedError("the pool is closed")
         status = object_pool_acquire(self.pool, &result.handle, <void **> &result.record)
         if status != SR_OK:
@@ -230,7 +231,7 @@ cdef class TranscriptionResultPool:
     def maintain(self, now=None):
         """Free what recent demand does not explain and has been idle for `free_after_s`.
 
-        Call it about once per `epoch_s`, from a background task.
+        To be called about once per `epoch_s`: see `maintain_on`.
 
         Parameters
         ----------
@@ -249,14 +250,19 @@ cdef class TranscriptionResultPool:
         Results in use stay good. The rest of the memory goes when the last of them is released and
         the pool is collected. Closing twice is harmless.
         """
-        self.closed.store(True, memory_order_relaxed)
+        self.is_closed.store(True, memory_order_relaxed)
         self.trim()
+
+    @property
+    def closed(self):
+        """Whether `close` was called."""
+        return bool(self.is_closed.load(memory_order_relaxed))
 
     def health(self):
         """Return the use against the limit, as a `PoolHealth`."""
         cdef sr_pool_statistics now
         object_pool_statistics(self.pool, &now)
-        return health_of(self.closed.load(memory_order_relaxed), <double> now.in_use / self.hard)
+        return health_of(self.closed, <double> now.in_use / self.hard)
 
     def statistics(self):
         """Return a `PoolStatistics`."""
@@ -495,7 +501,7 @@ cdef class TranscriptionResult:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, exc_type, exc_value, traceback, /):
         self.finish()
 
     def __dealloc__(self):

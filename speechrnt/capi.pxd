@@ -32,6 +32,7 @@ cdef enum:
     SR_FOREIGN = 4    # the handle is of another pool, or none at all
     SR_IN_USE = 5     # something is still on loan
     SR_INVALID = 6    # a size or a limit is out of range
+    SR_CLOSED = 7     # the AudioBufferPool is closed
 
 cdef int sr_abi_version() noexcept nogil
 

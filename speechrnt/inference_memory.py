@@ -23,12 +23,22 @@ from . import _inference_memory
 from .errors import OptionError
 from .system import usable_memory
 
-__all__ = ["MODES", "InferenceMemory", "configure", "prepare", "statistics", "status", "trim"]
+__all__ = [
+    "MODES",
+    "InferenceMemory",
+    "configure",
+    "maintain",
+    "prepare",
+    "statistics",
+    "status",
+    "trim",
+]
 
 MODES = ("pool", "mallopt", "off")
 
 _VARIABLE = "SPEECHRNT_INFERENCE_MEMORY"
 _SMALLEST_LIMIT = 2 << 20
+_KEEP_S = 10
 
 _lock = threading.Lock()
 _status: str | None = None  # None until a mode is in effect
@@ -169,7 +179,8 @@ def trim(idle_s: int = 0) -> int:
     """Give the pool's idle memory back to the system.
 
     While models are used, what was idle for ten seconds is given back anyway. When nothing uses
-    them any more, nothing runs that could do it: call this then, or after unloading a model.
+    them any more, nothing runs that could do it, unless `maintain` does: call this then, or after
+    unloading a model.
 
     Parameters
     ----------
@@ -182,3 +193,8 @@ def trim(idle_s: int = 0) -> int:
         Bytes given back.
     """
     return _inference_memory.trim(idle_s)
+
+
+def maintain() -> None:
+    """Give back what has been idle for ten seconds, for `speechrnt.pools.maintain_on`."""
+    trim(_KEEP_S)

@@ -3,11 +3,13 @@
 from ._audio_pool import AudioBuffer, AudioBufferPool
 from ._pools import Lease, ObjectPool, PoolHealth, PoolLimits, PoolStatistics
 from ._result_pool import ResultSegment, TranscriptionResult, TranscriptionResultPool
+from .maintenance import Maintenance, maintain_on
 
 __all__ = [
     "AudioBuffer",
     "AudioBufferPool",
     "Lease",
+    "Maintenance",
     "ObjectPool",
     "PoolHealth",
     "PoolLimits",
@@ -15,4 +17,5 @@ __all__ = [
     "ResultSegment",
     "TranscriptionResult",
     "TranscriptionResultPool",
+    "maintain_on",
 ]

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 from pool_helpers import in_threads, run_python
 
-from speechrnt.errors import HandleError, OptionError, PoolExhausted
+from speechrnt.errors import HandleError, OptionError, PoolClosedError, PoolExhausted
 from speechrnt.pools import (
     AudioBuffer,
     AudioBufferPool,
@@ -128,7 +128,9 @@ class TestAudioBufferPool:
             lambda buffer: np.asarray(memoryview(memoryview(buffer.array.base))),
         ],
     )
-    @pytest.mark.parametrize("release", [AudioBuffer.release, lambda buffer: buffer.__exit__()])
+    @pytest.mark.parametrize(
+        "release", [AudioBuffer.release, lambda buffer: buffer.__exit__(None, None, None)]
+    )
     def test_memory_that_is_referred_to_is_not_lent(self, refer, release):
         pool = AudioBufferPool()
         buffer = pool.acquire(1000)
@@ -221,6 +223,22 @@ class TestAudioBufferPool:
             pool.reserve(THIRTY_SECONDS, 6)
         pool.trim()
         assert pool.statistics().idle_bytes == 6 * MIB
+
+    def test_close_frees_what_is_idle_or_reserved_and_then_what_is_released(self, probe):
+        pool = AudioBufferPool(PoolLimits(initial_size=3))
+        leases = [pool.acquire(THIRTY_SECONDS), pool.acquire(100)]
+        array = leases[0].array
+        pool.close()
+        assert pool.statistics().idle == 0
+        with pytest.raises(PoolClosedError):
+            pool.reserve(1, 1)
+        del leases
+        assert (pool.statistics().in_use, pool.statistics().idle_bytes) == (1, 0)
+        array[:] = 1
+        del array
+        assert pool.statistics().reserved_bytes == 0
+        assert probe.audio_churn(pool, 1, 1) == 0  # its acquires fail, too
+        assert pool.statistics().misses == 1
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     def test_reserved_buffers_are_in_memory(self):

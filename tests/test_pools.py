@@ -66,6 +66,17 @@ def built(probe):
     return Path(probe.__file__).parent
 
 
+@pytest.fixture(scope="session")
+def counter(tmp_path_factory):
+    """A library to preload that counts calls of malloc and the like."""
+    directory = tmp_path_factory.mktemp("count")
+    (directory / "count.c").write_text(COUNTING_MALLOC)
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    command = [compiler, "-shared", "-fPIC", "-O2", "-o", "count.so", "count.c"]
+    subprocess.run(command, cwd=directory, check=True)
+    return directory / "count.so"
+
+
 class TestEveryPool:
     @every_pool
     def test_what_was_released_is_lent_again(self, make):
@@ -244,6 +255,7 @@ class TestEveryPool:
     @every_pool
     def test_close_refuses_acquires_and_honours_leases(self, make):
         pool = make()
+        assert not pool.closed
         lease, other = pool.acquire(), pool.acquire()
         other.release()
         pool.close()
@@ -255,7 +267,10 @@ class TestEveryPool:
         with pytest.raises(HandleError):
             lease.release()
         pool.trim()
-        assert pool.statistics().in_use == 0
+        pool.maintain()
+        assert pool.closed
+        statistics = pool.statistics()
+        assert (statistics.in_use, statistics.idle, statistics.reserved_bytes) == (0, 0, 0)
 
     @every_pool
     def test_leases_outlive_the_pool_object(self, make):
@@ -327,10 +342,15 @@ class TestLimits:
         with pytest.raises(OptionError, match=message):
             PoolLimits(**limits)
 
-    @every_pool
+    @pytest.mark.parametrize(
+        "make",
+        [
+            EVERY_POOL["audio"],
+            EVERY_POOL["results"],
+            lambda **limits: ObjectPool(bytearray, PoolLimits(**limits), object_size=100),
+        ],
+    )
     def test_too_few_bytes_for_the_initial_size(self, make):
-        if make is EVERY_POOL["objects"]:
-            pytest.skip("objects have no size of their own")
         with pytest.raises(OptionError, match="max_bytes must"):
             make(initial_size=100, max_bytes=1000)
 
@@ -590,62 +610,94 @@ class TestNativePool:
             assert pool.release(handle) == OK
             assert pool.free() == OK
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="replaces functions of glibc")
-    def test_warm_pools_do_not_allocate(self, built):
-        (built / "count.c").write_text(COUNTING_MALLOC)
-        compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
-        command = [compiler, "-shared", "-fPIC", "-O2", "-o", "count.so", "count.c"]
-        subprocess.run(command, cwd=built, check=True)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="replaces functions of glibc")
+class TestAllocations:
+    """A warm acquire and release takes no memory from the system, over a million rounds."""
+
+    def test_in_c(self, built, counter):
         out = run_python(
             """
             import ctypes
             import pool_probe
-            from speechrnt.pools import AudioBufferPool, TranscriptionResultPool
+            from speechrnt.pools import AudioBufferPool
             count = ctypes.CDLL(None).allocations
             count.restype = ctypes.c_long
             address = ctypes.cast(count, ctypes.c_void_p).value
-            audio = AudioBufferPool()
             large, small = pool_probe.Pool(64, 4096), pool_probe.Pool(64, 10)
-            results = TranscriptionResultPool()
-            for pool in (audio, large, small):
-                pool_probe.calls_during(address, pool, 1)
+            for pool in (AudioBufferPool(), large, small, pool_probe.Results()):
+                assert pool_probe.calls_during(address, pool, 1) > 0
                 print(pool_probe.calls_during(address, pool, 1_000_000))
-
-            def audio_round():
-                audio.acquire(480_000).release()
-
-            def result_round():
-                with results.acquire() as result:
-                    result.tokens = tokens
-
-            tokens = [1, 2, 3]
-            for one_round in (audio_round, result_round):
-                for _ in range(1000):
-                    one_round()
-                before = count()
-                for _ in range(1000):
-                    one_round()
-                print(count() - before)
             """,
             path=[built],
-            LD_PRELOAD=str(built / "count.so"),
+            LD_PRELOAD=str(counter),
         )
-        # In Python as well: leases come from free lists, and lists of tokens are small.
-        assert out.split() == ["0"] * 5
+        assert out.split() == ["0"] * 4
+
+    def test_in_python(self, counter):
+        out = run_python(
+            """
+            import ctypes
+            from speechrnt.pools import AudioBufferPool, ObjectPool, TranscriptionResultPool
+            count = ctypes.CDLL(None).allocations
+            count.restype = ctypes.c_long
+            audio, objects, results = AudioBufferPool(), ObjectPool(set), TranscriptionResultPool()
+
+            def go(rounds):
+                before = count()
+                for _ in range(rounds):
+                    audio.acquire(480_000).release()
+                yield count() - before
+                before = count()
+                for _ in range(rounds):
+                    objects.acquire().release()
+                yield count() - before
+                before = count()
+                for _ in range(rounds):
+                    results.acquire().release()
+                yield count() - before
+                before = count()
+                for _ in range(rounds // 10):
+                    with objects.acquire(), audio.acquire(1) as buffer, results.acquire() as result:
+                        buffer.array
+                        result.tokens = (1, 2, 3)
+                yield count() - before
+
+            assert sum(go(1000)) > 0
+            print(*go(1_000_000))
+            """,
+            LD_PRELOAD=str(counter),
+        )
+        # Leases and views come from free lists of Python.
+        assert out.split() == ["0"] * 4
 
 
 COUNTING_MALLOC = """
+#define _GNU_SOURCE
+#include <errno.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 void *__libc_malloc(size_t); void *__libc_calloc(size_t, size_t);
 void *__libc_realloc(void *, size_t); void *__libc_memalign(size_t, size_t);
 static atomic_long calls;
+static void count(void) { atomic_fetch_add(&calls, 1); }
 long allocations(void) { return atomic_load(&calls); }
-void *malloc(size_t n) { atomic_fetch_add(&calls, 1); return __libc_malloc(n); }
-void *calloc(size_t n, size_t m) { atomic_fetch_add(&calls, 1); return __libc_calloc(n, m); }
-void *realloc(void *p, size_t n) { atomic_fetch_add(&calls, 1); return __libc_realloc(p, n); }
-void *aligned_alloc(size_t a, size_t n) {
-    atomic_fetch_add(&calls, 1); return __libc_memalign(a, n);
+void *malloc(size_t n) { count(); return __libc_malloc(n); }
+void *calloc(size_t n, size_t m) { count(); return __libc_calloc(n, m); }
+void *realloc(void *p, size_t n) { count(); return __libc_realloc(p, n); }
+void *memalign(size_t a, size_t n) { count(); return __libc_memalign(a, n); }
+void *aligned_alloc(size_t a, size_t n) { count(); return __libc_memalign(a, n); }
+int posix_memalign(void **p, size_t a, size_t n) {
+    count(); *p = __libc_memalign(a, n); return *p ? 0 : ENOMEM;
+}
+void *mmap(void *at, size_t n, int prot, int flags, int fd, off_t offset) {
+    count(); return (void *)syscall(SYS_mmap, at, n, prot, flags, fd, offset);
+}
+void *mmap64(void *at, size_t n, int prot, int flags, int fd, off_t offset) {
+    return mmap(at, n, prot, flags, fd, offset);
 }
 """
 

@@ -2,7 +2,7 @@
 
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t, uintptr_t
 from speechrnt.capi cimport (
     SR_OK,
     sr_audio_memory,
@@ -19,6 +19,24 @@ from speechrnt.capi cimport (
     sr_pool_release,
     sr_pool_trim,
     sr_pool_use,
+)
+
+from speechrnt._pools cimport (
+    object_pool_acquire,
+    object_pool_free,
+    object_pool_release,
+)
+from speechrnt._pools cimport sr_pool as sr_object_pool
+from speechrnt._pools cimport sr_pool_options
+from speechrnt._result_pool cimport (
+    ResultRecord,
+    SegmentRecord,
+    result_add_segment,
+    result_clear,
+    result_pool_new,
+    result_set_text,
+    result_set_tokens,
+    result_shrink,
 )
 
 import time
@@ -113,6 +131,41 @@ cdef class Pool:
         return time.perf_counter() - start
 
 
+cdef class Results:
+    """A pool of results without its Python class."""
+
+    cdef sr_object_pool *pool
+
+    def __cinit__(self):
+        cdef sr_pool_options options
+        options.initial = 0
+        options.soft = options.hard = 4096
+        options.overflow = False
+        if result_pool_new(&options, &self.pool) != SR_OK:
+            raise MemoryError
+
+    def __dealloc__(self):
+        object_pool_free(self.pool)
+
+    cdef int use(self) noexcept nogil:
+        """Take a result, fill it in, and give it back."""
+        cdef uint64_t handle
+        cdef ResultRecord *record
+        cdef SegmentRecord segment = SegmentRecord(0, 1, 0, 4, -0.5, 0.1)
+        cdef int32_t[4] tokens = [1, 2, 3, 4]
+        if object_pool_acquire(self.pool, &handle, <void **> &record) != SR_OK:
+            return -1
+        result_clear(record)
+        if not (
+            result_set_text(record, b"four words of text", 18)
+            and result_set_tokens(record, tokens, 4)
+            and result_add_segment(record, &segment)
+        ):
+            return -1
+        result_shrink(record)
+        return object_pool_release(self.pool, handle)
+
+
 def audio_rounds(object audio_pool, size_t size, long n):
     """The same with an AudioBufferPool."""
     cdef sr_audio_pool *pool = sr_audio_pool_of(audio_pool)
@@ -164,22 +217,30 @@ def calls_during(uintptr_t counter, object pool, long n):
     cdef sr_pool *native
     cdef sr_audio_pool *audio
     cdef long before, after
+    cdef int failed = 0
     if isinstance(pool, Pool):
         native = (<Pool> pool).pool
         with nogil:
             before = count()
             for _ in range(n):
-                sr_pool_acquire(native, &handle, &item)
-                sr_pool_release(native, handle)
+                failed |= sr_pool_acquire(native, &handle, &item)
+                failed |= sr_pool_release(native, handle)
+            after = count()
+    elif isinstance(pool, Results):
+        with nogil:
+            before = count()
+            for _ in range(n):
+                failed |= (<Results> pool).use()
             after = count()
     else:
         audio = sr_audio_pool_of(pool)
         with nogil:
             before = count()
             for _ in range(n):
-                sr_audio_pool_acquire(audio, 1 << 21, &handle, &item)
-                sr_audio_pool_release(audio, handle)
+                failed |= sr_audio_pool_acquire(audio, 1 << 21, &handle, &item)
+                failed |= sr_audio_pool_release(audio, handle)
             after = count()
+    assert not failed
     return after - before
 
 
