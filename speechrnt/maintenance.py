@@ -109,7 +109,7 @@ class Maintenance:
     ) -> None:
         self.rounds = 0
         self.skipped = 0
-        self._scheduler = weakref.ref(scheduler)
+        self._scheduler: weakref.ref[Any] = weakref.ref(scheduler)  # Any: for its timer
         self._pools = pools
         self._interval_s = interval_s
         self._closed = False
