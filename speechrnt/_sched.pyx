@@ -369,7 +369,7 @@ cdef class Core:
                 )
             )
         return SchedulerStatistics(
-            submitted=sched.submitted.load(memory_order_relaxed),
+            submitted=sched.admitted.load(memory_order_relaxed) >> 1,
             spawned=spawned,
             executed=dict(zip(Priority, executed)),
             stolen=stolen,

@@ -8,7 +8,7 @@ Threads are the host's: each one enters `sched_work` with a number of its own. F
 docs/scheduler-protocol.md describes the protocol.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libcpp.atomic cimport atomic
 from libcpp.mutex cimport mutex
 
@@ -64,7 +64,8 @@ cdef struct task_t:
     task_t *next
     int64_t queued_ns    # 0: waiting and running time of this task are not sampled
 
-# What gated tasks need before they run. At most one worker waits to enter, if `exclusive`.
+# What gated tasks need before they run. An `exclusive` gate admits one thread at a time, and at
+# most one worker waits to enter it.
 cdef struct gate_t:
     int (*enter)() noexcept nogil
     void (*leave)(int entered) noexcept nogil
@@ -74,7 +75,9 @@ cdef struct gate_t:
 cdef struct histogram_t:
     atomic[uint64_t] counts[HISTOGRAM_BUCKETS]
 
+# Tasks in order, taken from a stack. `length` may be too high by those that have just left it.
 cdef struct queue_t:
+    mutex lock
     task_t *head
     task_t *tail
     atomic[int64_t] length
@@ -122,16 +125,16 @@ cdef struct sched_t:
     atomic[int] gate_waiters
     Monitor quiet            # notified when the last task is done and somebody waits for that
     char[128] apart3
-    mutex inject             # guards everything below against writers
-    queue_t[2 * LEVELS] queues    # [level] of native, [LEVELS + level] of gated tasks
-    atomic[uint32_t] non_empty    # a bit per queue
-    atomic[int64_t] queued
-    atomic[uint64_t] submitted
+    # Queues are numbered by level for native tasks, LEVELS + level for gated ones.
+    atomic[uint64_t] admitted     # 2 * tasks accepted in queues, + 1 once these are closed
+    atomic[uintptr_t] stacks[2 * LEVELS]  # tasks submitted since somebody looked, newest first
     atomic[uint64_t] rejected
-    atomic[uint64_t] dropped      # by a shutdown that cancels; also written without the mutex
     atomic[uint64_t] wakeups
+    char[128] apart4
+    atomic[uint64_t] taken[2 * LEVELS]    # tasks that have left the queue, written by its holder
+    queue_t queues[2 * LEVELS]
+    atomic[uint64_t] dropped      # by a shutdown that cancels
     atomic[uint64_t] lock_operations
-
 
 # A scheduler of n_workers, or NULL for want of memory. Requires 0 <= reserved < n_workers <=
 # MAX_WORKERS. `gate` is copied; NULL if there will be no gated tasks.
@@ -145,8 +148,14 @@ cdef void sched_destroy(sched_t *sched) noexcept nogil
 # Serve as worker `index` until the scheduler has stopped. One thread per index.
 cdef void sched_work(sched_t *sched, int index) noexcept nogil
 
-# Queue a task behind those of its priority that were submitted before. One lock of a mutex.
+# Queue a task behind those of its priority that were submitted before. No lock.
 cdef SchedResult sched_submit(sched_t *sched, task_t *task) noexcept nogil
+
+# Queue `count` tasks, the first linked to the others by `next`, all of one priority and kind: all
+# of them or, unchanged, none.
+cdef SchedResult sched_submit_many(
+    sched_t *sched, task_t *first, int64_t count,
+) noexcept nogil
 
 # Queue a task on the ring of the worker that runs the calling task: no lock, and still accepted
 # while draining. Elsewhere, and for tasks that a ring does not take, the same as sched_submit.
@@ -158,6 +167,7 @@ cdef void counter_destroy(counter_t *counter) noexcept nogil
 
 # Wait until the counter is 0; return and clear the first status that was not 0. A worker helps
 # meanwhile, with its newest spawned tasks first; others block. The caller does not hold the GIL.
+# TASK_CANCELLED at once in a forked child.
 cdef int sched_wait(sched_t *sched, counter_t *counter) noexcept nogil
 
 # Wait until no accepted task is left, which new ones may delay; False if `seconds` pass first (a
@@ -174,7 +184,10 @@ cdef void sched_resize(sched_t *sched, int count) noexcept nogil
 # Whether the calling thread is one of this scheduler's workers.
 cdef bint sched_is_worker(sched_t *sched) noexcept nogil
 
-# Tasks waiting at one priority, on all queues and rings.
+# Tasks waiting in the queues, of which there are at most max_queued.
+cdef int64_t sched_queued(sched_t *sched) noexcept nogil
+
+# Tasks waiting at one priority, in queues and on rings. Inside the gate, if the scheduler has one.
 cdef int64_t sched_depth(sched_t *sched, int priority) noexcept nogil
 
 cdef int64_t now_ns() noexcept nogil

@@ -5,7 +5,7 @@ names the partner of each memory order below.
 """
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libcpp.atomic cimport (
     atomic, memory_order_acq_rel, memory_order_acquire, memory_order_relaxed, memory_order_release,
     memory_order_seq_cst,
@@ -46,7 +46,8 @@ cdef extern from *:
     int octave "speechrnt_octave"(uint64_t value) noexcept nogil
 
 cdef enum:
-    BATCH = 32             # most tasks that one lock of the inject mutex moves to a ring
+    ADMISSION_CLOSED = 1
+    BATCH = 32             # most tasks that a worker takes from a queue at once
     SLICE_TASKS = 8        # gated tasks before the gate is offered to others
     SLICE_NS = 200_000
     SAMPLE_PERIOD = 64     # native tasks per sampled one: two clock reads cost more than a task
@@ -164,11 +165,6 @@ cdef bint sched_is_worker(sched_t *sched) noexcept nogil:
     return worker_here(sched) != NULL
 
 
-cdef inline void inject_lock(sched_t *sched) noexcept nogil:
-    sched.inject.lock()
-    bump(&sched.lock_operations)
-
-
 cdef void wake_for(sched_t *sched, int level) noexcept nogil:
     """Wake one worker that may serve `level`, if one is idle. The work is queued already."""
     cdef uint64_t among = sched.active.load(memory_order_relaxed)
@@ -188,103 +184,197 @@ cdef void wake_all(sched_t *sched) noexcept nogil:
         sleeping &= sleeping - 1
 
 
+cdef inline bint is_queued(sched_t *sched, int index) noexcept nogil:
+    """Tell whether a queue has tasks. The order of the two looks matters: see `flush`."""
+    return (
+        sched.stacks[index].load(memory_order_acquire) != 0
+        or sched.queues[index].length.load(memory_order_relaxed) != 0
+    )
+
+
+cdef inline int first_gated(sched_t *sched, int levels) noexcept nogil:
+    """The highest of the first `levels` that has queued gated tasks, or -1."""
+    cdef int level
+    for level in range(levels):
+        if is_queued(sched, LEVELS + level):
+            return level
+    return -1
+
+
 cdef void wake_for_gated(sched_t *sched) noexcept nogil:
     """See to it that queued gated tasks have a worker which waits for the gate, if one is idle."""
-    cdef uint32_t gated
+    cdef int level
     atomic_thread_fence(memory_order_seq_cst)  # pairs with gate_wait
     if not sched.gate.exclusive or sched.gate_waiters.load(memory_order_relaxed) == 0:
-        gated = sched.non_empty.load(memory_order_relaxed) >> LEVELS
-        if gated != 0:
-            wake_for(sched, lowest_bit(gated))
+        level = first_gated(sched, LEVELS)
+        if level >= 0:
+            wake_for(sched, level)
 
 
-cdef inline void count_in(task_t *task) noexcept nogil:
+cdef SchedResult admit(
+    sched_t *sched, int64_t count, bint spawned, uint64_t *number,
+) noexcept nogil:
+    """Accept `count` tasks, or none of them; `number` counts those before. They must be queued.
+
+    A spawning task is not done, so a scheduler that drains cannot have stopped.
+    """
+    cdef uint64_t admitted = sched.admitted.load(memory_order_relaxed)
+    cdef uint64_t taken
+    cdef int index
+    if sched.state.load(memory_order_relaxed) > SCHED_DRAINING:
+        return SCHED_CLOSED
+    while True:
+        if admitted & ADMISSION_CLOSED and not spawned:
+            return SCHED_CLOSED
+        taken = 0
+        for index in range(2 * LEVELS):
+            taken += sched.taken[index].load(memory_order_relaxed)
+        # Exact if the exchange succeeds. `taken` may be ahead of `admitted`, hence the sign.
+        if <int64_t>((admitted >> 1) - taken) > sched.max_queued - count:
+            sched.rejected.fetch_add(count, memory_order_relaxed)
+            return SCHED_OVERLOADED
+        if sched.admitted.compare_exchange_weak(
+            admitted, admitted + 2 * <uint64_t>count, memory_order_acq_rel, memory_order_relaxed
+        ):
+            number[0] = admitted >> 1
+            return SCHED_OK
+
+
+cdef inline void prepare(task_t *task, uint64_t number) noexcept nogil:
+    """Count a task in and note the time, if it is sampled."""
+    task.queued_ns = now_ns() if task.gated or number % SAMPLE_PERIOD == 0 else 0
     if task.counter != NULL:
         task.counter.pending.fetch_add(1, memory_order_relaxed)
 
 
-cdef SchedResult inject(sched_t *sched, task_t *task, int last_state) noexcept nogil:
-    """Append `task` to its queue, unless the scheduler is past `last_state`."""
-    cdef int level = task.priority
-    cdef bint gated = task.gated
-    cdef int index = level + (LEVELS if gated else 0)
-    cdef queue_t *queue = &sched.queues[index]
-    # Before locking too: in a forked child the mutex may be held by a thread that is not there.
-    if sched.state.load(memory_order_relaxed) > last_state:
-        return SCHED_CLOSED
-    inject_lock(sched)
-    if sched.state.load(memory_order_relaxed) > last_state:
-        sched.inject.unlock()
-        return SCHED_CLOSED
-    cdef int64_t queued = sched.queued.load(memory_order_relaxed)
-    if queued >= sched.max_queued:
-        bump(&sched.rejected)
-        sched.inject.unlock()
-        return SCHED_OVERLOADED
-    cdef uint64_t submitted = sched.submitted.load(memory_order_relaxed)
-    task.queued_ns = now_ns() if gated or submitted % SAMPLE_PERIOD == 0 else 0
-    task.next = NULL
-    count_in(task)
-    if queue.head == NULL:
-        queue.head = task
-    else:
-        queue.tail.next = task
-    queue.tail = task
-    queue.length.store(queue.length.load(memory_order_relaxed) + 1, memory_order_relaxed)
-    sched.queued.store(queued + 1, memory_order_relaxed)
-    sched.submitted.store(submitted + 1, memory_order_release)
-    sched.non_empty.store(
-        sched.non_empty.load(memory_order_relaxed) | (1u << index), memory_order_relaxed
-    )
-    sched.inject.unlock()
+cdef inline void push_stack(sched_t *sched, task_t *newest, task_t *oldest) noexcept nogil:
+    """Put tasks, linked from the newest to the oldest, on the stack of their queue; wake a worker.
+
+    Stacks are only ever taken whole, so that an equal top is the same top.
+    """
+    # What the tasks say must be read before others can take them.
+    cdef int level = newest.priority
+    cdef bint gated = newest.gated
+    cdef atomic[uintptr_t] *stack = &sched.stacks[level + (LEVELS if gated else 0)]
+    cdef uintptr_t top = stack.load(memory_order_relaxed)
+    while True:
+        oldest.next = <task_t *>top
+        if stack.compare_exchange_weak(
+            top, <uintptr_t>newest, memory_order_release, memory_order_relaxed
+        ):
+            break
     if gated:
         wake_for_gated(sched)
     else:
         wake_for(sched, level)
-    return SCHED_OK
+
+
+cdef SchedResult submit_one(sched_t *sched, task_t *task, bint spawned) noexcept nogil:
+    cdef uint64_t number
+    cdef SchedResult result = admit(sched, 1, spawned, &number)
+    if result == SCHED_OK:
+        prepare(task, number)
+        push_stack(sched, task, task)
+    return result
 
 
 cdef SchedResult sched_submit(sched_t *sched, task_t *task) noexcept nogil:
-    return inject(sched, task, SCHED_RUNNING)
+    return submit_one(sched, task, False)
+
+
+cdef SchedResult sched_submit_many(
+    sched_t *sched, task_t *first, int64_t count,
+) noexcept nogil:
+    cdef uint64_t number
+    cdef task_t *newest = NULL
+    cdef task_t *task = first
+    cdef task_t *next
+    cdef int64_t i
+    if count <= 0:
+        return SCHED_OK
+    cdef SchedResult result = admit(sched, count, False, &number)
+    if result != SCHED_OK:
+        return result
+    for i in range(count):
+        next = task.next
+        prepare(task, number + i)
+        task.next = newest
+        newest = task
+        task = next
+    push_stack(sched, newest, first)
+    return SCHED_OK
 
 
 cdef SchedResult sched_spawn(sched_t *sched, task_t *task) noexcept nogil:
     cdef worker_t *worker = worker_here(sched)
     cdef int level = task.priority
     if worker == NULL:
-        return inject(sched, task, SCHED_RUNNING)
+        return submit_one(sched, task, False)
     if task.gated or level == SCHED_CRITICAL or level >= worker.levels:
-        return inject(sched, task, SCHED_DRAINING)
+        return submit_one(sched, task, True)
     if not ring_has_room(&worker.rings[level]):
         bump(&worker.spilled)
-        return inject(sched, task, SCHED_DRAINING)
+        return submit_one(sched, task, True)
     cdef uint64_t spawned = worker.spawned.load(memory_order_relaxed)
-    task.queued_ns = now_ns() if spawned % SAMPLE_PERIOD == 0 else 0
-    count_in(task)
+    prepare(task, spawned)
     bump(&worker.spawned)
     ring_push(&worker.rings[level], task)
     wake_for(sched, level)
     return SCHED_OK
 
 
+cdef inline void lock_queue(sched_t *sched, int index) noexcept nogil:
+    # Whoever takes gated tasks is inside the gate, which is lock enough if it admits one.
+    if index < LEVELS or not sched.gate.exclusive:
+        sched.queues[index].lock.lock()
+        sched.lock_operations.fetch_add(1, memory_order_relaxed)
+
+
+cdef inline void unlock_queue(sched_t *sched, int index) noexcept nogil:
+    if index < LEVELS or not sched.gate.exclusive:
+        sched.queues[index].lock.unlock()
+
+
+cdef void flush(sched_t *sched, int index) noexcept nogil:
+    """Append what was submitted to the list of a queue, oldest first. With the queue locked."""
+    cdef queue_t *queue = &sched.queues[index]
+    cdef int64_t length = queue.length.load(memory_order_relaxed)
+    cdef task_t *task
+    cdef task_t *newest
+    cdef task_t *following = NULL
+    cdef task_t *next
+    if sched.stacks[index].load(memory_order_relaxed) == 0:
+        return
+    # At no time may the queue look empty. Who sees the stack empty sees the list longer.
+    queue.length.store(length + 1, memory_order_relaxed)
+    newest = task = <task_t *>sched.stacks[index].exchange(0, memory_order_acq_rel)
+    while task != NULL:
+        next = task.next
+        task.next = following
+        following = task
+        task = next
+        length += 1
+    if queue.head == NULL:
+        queue.head = following
+    else:
+        queue.tail.next = following
+    queue.tail = newest
+    queue.length.store(length, memory_order_relaxed)
+
+
 cdef task_t *remove_head(sched_t *sched, int index) noexcept nogil:
-    """Take the first task of a queue, or NULL. With the mutex held."""
+    """Take the first task of a queue, or NULL. With the queue locked."""
     cdef queue_t *queue = &sched.queues[index]
     cdef task_t *task = queue.head
     if task == NULL:
-        return NULL
+        flush(sched, index)
+        task = queue.head
+        if task == NULL:
+            return NULL
     queue.head = task.next
     queue.length.store(queue.length.load(memory_order_relaxed) - 1, memory_order_relaxed)
-    sched.queued.store(sched.queued.load(memory_order_relaxed) - 1, memory_order_relaxed)
-    if queue.head == NULL:
-        sched.non_empty.store(
-            sched.non_empty.load(memory_order_relaxed) & ~(1u << index), memory_order_relaxed
-        )
+    bump(&sched.taken[index])
     return task
-
-
-cdef inline bint is_queued(sched_t *sched, int index) noexcept nogil:
-    return (sched.non_empty.load(memory_order_relaxed) >> index) & 1
 
 
 cdef task_t *take_native(worker_t *worker, int level) noexcept nogil:
@@ -293,20 +383,23 @@ cdef task_t *take_native(worker_t *worker, int level) noexcept nogil:
     cdef ring_t *ring = &worker.rings[level]
     cdef task_t *task
     cdef int64_t share
-    cdef bint moved = False
+    cdef bint more
     if not is_queued(sched, level):
         return NULL
-    inject_lock(sched)
+    lock_queue(sched, level)
+    flush(sched, level)
     task = remove_head(sched, level)
+    more = False
     if level != SCHED_CRITICAL:
         share = sched.queues[level].length.load(memory_order_relaxed) // sched.n_workers
         for _ in range(min(share, BATCH - 1)):
             if not ring_has_room(ring):
                 break
             ring_push(ring, remove_head(sched, level))
-            moved = True
-    sched.inject.unlock()
-    if moved:
+            more = True
+    more = more or sched.queues[level].head != NULL
+    unlock_queue(sched, level)
+    if more:
         wake_for(sched, level)
     return task
 
@@ -315,11 +408,11 @@ cdef task_t *take_gated(worker_t *worker, int level) noexcept nogil:
     """Take the first gated task of a queue. Inside the gate."""
     cdef sched_t *sched = worker.sched
     cdef task_t *task
-    inject_lock(sched)
+    lock_queue(sched, LEVELS + level)
     task = remove_head(sched, LEVELS + level)
-    sched.inject.unlock()
-    if sched.non_empty.load(memory_order_relaxed) >> LEVELS:
-        # What `task` does is not known: if it blocks, another worker takes those behind it.
+    unlock_queue(sched, LEVELS + level)
+    # What `task` does is not known: if it blocks, another worker takes those behind it.
+    if first_gated(sched, LEVELS) >= 0:
         wake_for_gated(sched)
     return task
 
@@ -354,7 +447,7 @@ cdef void gate_leave(worker_t *worker) noexcept nogil:
     if worker.in_gate:
         worker.in_gate = False
         sched.gate.leave(worker.entered)
-        if sched.non_empty.load(memory_order_relaxed) >> LEVELS:
+        if first_gated(sched, LEVELS) >= 0:
             wake_for_gated(sched)
 
 
@@ -484,14 +577,13 @@ cdef task_t *pick_to_help(worker_t *worker) noexcept nogil:
 cdef bint sees_work(worker_t *worker) noexcept nogil:
     """Tell whether `pick` may find something."""
     cdef sched_t *sched = worker.sched
-    cdef uint32_t mine = (1u << worker.levels) - 1
-    cdef uint32_t non_empty = sched.non_empty.load(memory_order_relaxed)
     cdef bint active = is_active(worker)
     cdef int index, level
     if active:
-        if non_empty & mine:
-            return True
-        if (non_empty >> LEVELS) & mine:
+        for level in range(worker.levels):
+            if is_queued(sched, level):
+                return True
+        if first_gated(sched, worker.levels) >= 0:
             if not sched.gate.exclusive or sched.gate_waiters.load(memory_order_relaxed) == 0:
                 return True
     for index in range(sched.n_workers):
@@ -516,17 +608,18 @@ cdef bint is_quiescent(sched_t *sched) noexcept nogil:
             done += sched.workers[index].executed[level].load(memory_order_acquire)
     for index in range(sched.n_workers):
         accepted += sched.workers[index].spawned.load(memory_order_acquire)
-    accepted += sched.submitted.load(memory_order_acquire)
+    accepted += sched.admitted.load(memory_order_acquire) >> 1
     return done == accepted
 
 
 cdef void announce_quiet(sched_t *sched) noexcept nogil:
     """If all tasks are done: tell those who wait for it, and stop if draining."""
-    cdef int draining = SCHED_DRAINING
+    # Looked at first: before, more tasks could be accepted after all were found done.
+    cdef int state = sched.state.load(memory_order_seq_cst)
     if not is_quiescent(sched):
         return
-    if sched.state.compare_exchange_strong(
-        draining, SCHED_STOPPED, memory_order_seq_cst, memory_order_seq_cst
+    if state == SCHED_DRAINING and sched.state.compare_exchange_strong(
+        state, SCHED_STOPPED, memory_order_seq_cst, memory_order_seq_cst
     ):
         wake_all(sched)
     sched.quiet.lock()
@@ -617,6 +710,8 @@ cdef void sched_work(sched_t *sched, int index) noexcept nogil:
 cdef int sched_wait(sched_t *sched, counter_t *counter) noexcept nogil:
     cdef worker_t *worker = worker_here(sched)
     cdef task_t *task
+    if sched.state.load(memory_order_relaxed) == SCHED_FORKED:
+        return TASK_CANCELLED
     # A gated task is inside the gate; what it helped with would run there too.
     if worker != NULL and not worker.in_gate:
         while counter.pending.load(memory_order_acquire) != 0:
@@ -653,20 +748,21 @@ cdef bint sched_drain(sched_t *sched, double seconds) noexcept nogil:
 cdef void sched_shutdown(sched_t *sched, bint cancel) noexcept nogil:
     cdef task_t *task
     cdef task_t dropped
+    cdef int running = SCHED_RUNNING
     cdef int index
     if sched.state.load(memory_order_relaxed) == SCHED_FORKED:
         return
-    inject_lock(sched)
-    if sched.state.load(memory_order_relaxed) == SCHED_RUNNING:
-        sched.state.store(SCHED_DRAINING, memory_order_relaxed)
-    sched.inject.unlock()
+    sched.admitted.fetch_or(ADMISSION_CLOSED, memory_order_acq_rel)
+    sched.state.compare_exchange_strong(
+        running, SCHED_DRAINING, memory_order_seq_cst, memory_order_seq_cst
+    )
     if cancel:
         sched.cancelling.store(True, memory_order_relaxed)
         for index in range(2 * LEVELS):
             while True:
-                inject_lock(sched)
+                lock_queue(sched, index)
                 task = remove_head(sched, index)
-                sched.inject.unlock()
+                unlock_queue(sched, index)
                 if task == NULL:
                     break
                 dropped = task[0]
@@ -683,10 +779,27 @@ cdef void sched_resize(sched_t *sched, int count) noexcept nogil:
     wake_all(sched)
 
 
+cdef int64_t sched_queued(sched_t *sched) noexcept nogil:
+    cdef uint64_t taken = 0
+    cdef int index
+    for index in range(2 * LEVELS):
+        taken += sched.taken[index].load(memory_order_acquire)
+    # Read last, so that it is not behind.
+    return (sched.admitted.load(memory_order_relaxed) >> 1) - taken
+
+
+cdef int64_t queue_length(sched_t *sched, int index) noexcept nogil:
+    # In a forked child the lock may be held by a thread that is not there.
+    if sched.state.load(memory_order_relaxed) != SCHED_FORKED:
+        lock_queue(sched, index)
+        flush(sched, index)
+        unlock_queue(sched, index)
+    return sched.queues[index].length.load(memory_order_relaxed)
+
+
 cdef int64_t sched_depth(sched_t *sched, int priority) noexcept nogil:
     cdef int index
-    cdef int64_t depth = sched.queues[priority].length.load(memory_order_relaxed)
-    depth += sched.queues[LEVELS + priority].length.load(memory_order_relaxed)
+    cdef int64_t depth = queue_length(sched, priority) + queue_length(sched, LEVELS + priority)
     for index in range(sched.n_workers):
         depth += ring_size(&sched.workers[index].rings[priority])
     return depth

@@ -15,6 +15,9 @@ cdef extern from *:
     #define SR_ABI_VERSION 1
     struct sr_pool;
     struct sr_audio_pool;
+    struct sr_sched;
+    struct sr_counter;
+    struct sr_task { void *opaque[8]; };
     """
     const int SR_ABI_VERSION
 
@@ -24,15 +27,26 @@ cdef extern from *:
     struct sr_audio_pool:
         pass
 
+    struct sr_sched:
+        pass
+
+    struct sr_counter:
+        pass
+
+    # Storage of a task: its size and alignment, and nothing else, are part of the interface.
+    struct sr_task:
+        pass
+
 cdef enum:
     SR_OK = 0
-    SR_EXHAUSTED = 1  # the pool is at its limit
-    SR_NO_MEMORY = 2  # the system has none
-    SR_STALE = 3      # the handle was released already
-    SR_FOREIGN = 4    # the handle is of another pool, or none at all
-    SR_IN_USE = 5     # something is still on loan
-    SR_INVALID = 6    # a size or a limit is out of range
-    SR_CLOSED = 7     # the AudioBufferPool is closed
+    SR_EXHAUSTED = 1   # the pool is at its limit
+    SR_NO_MEMORY = 2   # the system has none
+    SR_STALE = 3       # the handle was released already
+    SR_FOREIGN = 4     # the handle is of another pool, or none at all
+    SR_IN_USE = 5      # something is still on loan
+    SR_INVALID = 6     # an argument is out of range
+    SR_CLOSED = 7      # the AudioBufferPool is closed; the scheduler is shut down, or a parent's
+    SR_OVERLOADED = 8  # the queue of the scheduler is full
 
 cdef int sr_abi_version() noexcept nogil
 
@@ -90,3 +104,62 @@ cdef void sr_audio_pool_trim(sr_audio_pool *pool) noexcept nogil
 cdef void sr_audio_pool_use(
     sr_audio_pool *pool, uint64_t *in_use_bytes, uint64_t *idle_bytes,
 ) noexcept nogil
+
+# Tasks for the workers of a speechrnt.Scheduler: C functions, which run without the GIL.
+
+# The first that has tasks is served first; no level is kept waiting by the others for ever.
+cdef enum:
+    SR_CRITICAL = 0
+    SR_HIGH = 1
+    SR_NORMAL = 2
+    SR_LOW = 3
+
+# In place of the status of a task that was dropped before its start, by a shutdown.
+cdef enum:
+    SR_CANCELLED = -1
+
+# Returns a status, 0 for success.
+ctypedef int (*sr_task_fn)(void *arg) noexcept nogil
+# Called after `fn` with its argument and status, on the worker; or instead of it, with
+# SR_CANCELLED, on the thread that shuts the scheduler down.
+ctypedef void (*sr_task_done)(void *arg, int status) noexcept nogil
+
+# The scheduler of a speechrnt.Scheduler, which must outlive its use. Needs the GIL.
+cdef sr_sched *sr_sched_of(object scheduler) except NULL
+
+# Describe a task, in storage of the caller that nothing is known about; nothing is allocated, and
+# nothing must be freed. `done` and `counter` may be null. SR_INVALID: no function, or a priority
+# that does not exist.
+cdef int sr_task_init(
+    sr_task *task, sr_task_fn fn, void *arg, int priority, sr_task_done done, sr_counter *counter,
+) noexcept nogil
+
+# Queue a task. Until `fn` starts, or `done` instead, its storage belongs to the scheduler; then it
+# may be freed, initialised or queued again, by `fn` itself too. With the GIL or without.
+cdef int sr_sched_submit(sr_sched *sched, sr_task *task) noexcept nogil
+
+# Queue `count` tasks of one priority, each `stride` bytes behind the last: all or none of them.
+# SR_INVALID if their priorities differ.
+cdef int sr_sched_submit_many(
+    sr_sched *sched, sr_task *tasks, size_t stride, size_t count,
+) noexcept nogil
+
+# From a task: queue another with the worker that is running, which costs less, needs no room in
+# the queue of the scheduler, and is possible during a shutdown. Elsewhere the same as submitting.
+cdef int sr_sched_spawn(sr_sched *sched, sr_task *task) noexcept nogil
+
+# Tasks that wait in the queue of the scheduler, those of Python too.
+cdef uint64_t sr_sched_queued(sr_sched *sched) noexcept nogil
+
+# A counter of tasks that are not done. Each queued task that names it counts until its `done` has
+# returned. It may be used by any number of tasks, and again and again.
+cdef int sr_counter_new(sr_counter **counter) noexcept nogil
+
+# Only when no task counts, and nobody waits.
+cdef void sr_counter_free(sr_counter *counter) noexcept nogil
+cdef uint64_t sr_counter_pending(sr_counter *counter) noexcept nogil
+
+# Wait until no task counts; return the status of the first that failed since the last wait, or 0.
+# A task that waits runs other tasks meanwhile. Without the GIL. SR_CANCELLED at once in a forked
+# child.
+cdef int sr_sched_wait(sr_sched *sched, sr_counter *counter) noexcept nogil

@@ -1,8 +1,14 @@
 """The public C interface: see capi.pxd. There is nothing here for Python to call."""
 
-from speechrnt cimport _audio_pool, _pools
+from libc.stdint cimport INT64_MAX
+from libcpp.atomic cimport memory_order_acquire
+
+from speechrnt cimport _audio_pool, _pools, _sched, _sched_core
 
 __all__ = []
+
+if sizeof(_sched_core.task_t) > sizeof(sr_task):
+    raise ImportError("a task does not fit its storage: SR_ABI_VERSION must change with its size")
 
 
 cdef int sr_abi_version() noexcept nogil:
@@ -102,3 +108,87 @@ cdef void sr_audio_pool_use(
     _audio_pool.audio_pool_statistics(<_audio_pool.sr_audio_pool *> pool, &now)
     in_use_bytes[0] = now.in_use_bytes
     idle_bytes[0] = now.idle_bytes
+
+
+cdef sr_sched *sr_sched_of(object scheduler) except NULL:
+    return <sr_sched *> _sched.sched_of(scheduler)
+
+
+cdef int sr_task_init(
+    sr_task *task, sr_task_fn fn, void *arg, int priority, sr_task_done done, sr_counter *counter,
+) noexcept nogil:
+    cdef _sched_core.task_t *inner = <_sched_core.task_t *> task
+    if fn == NULL or not 0 <= priority < _sched_core.LEVELS:
+        inner.fn = NULL
+        return SR_INVALID
+    inner.fn = fn
+    inner.arg = arg
+    inner.done = done
+    inner.counter = <_sched_core.counter_t *> counter
+    inner.priority = priority
+    inner.gated = False
+    return SR_OK
+
+
+cdef int status_of(_sched_core.SchedResult result) noexcept nogil:
+    if result == _sched_core.SCHED_OK:
+        return SR_OK
+    return SR_OVERLOADED if result == _sched_core.SCHED_OVERLOADED else SR_CLOSED
+
+
+cdef int sr_sched_submit(sr_sched *sched, sr_task *task) noexcept nogil:
+    cdef _sched_core.task_t *inner = <_sched_core.task_t *> task
+    if inner.fn == NULL:
+        return SR_INVALID
+    return status_of(_sched_core.sched_submit(<_sched_core.sched_t *> sched, inner))
+
+
+cdef int sr_sched_submit_many(
+    sr_sched *sched, sr_task *tasks, size_t stride, size_t count,
+) noexcept nogil:
+    cdef _sched_core.task_t *first = <_sched_core.task_t *> tasks
+    cdef _sched_core.task_t *task
+    cdef _sched_core.task_t *last = NULL
+    cdef size_t i
+    if (count > 1 and stride < sizeof(sr_task)) or count > <size_t> INT64_MAX:
+        return SR_INVALID
+    for i in range(count):
+        task = <_sched_core.task_t *> (<char *> tasks + i * stride)
+        if task.fn == NULL or task.priority != first.priority:
+            return SR_INVALID
+        if last != NULL:
+            last.next = task
+        last = task
+    return status_of(
+        _sched_core.sched_submit_many(<_sched_core.sched_t *> sched, first, count)
+    )
+
+
+cdef int sr_sched_spawn(sr_sched *sched, sr_task *task) noexcept nogil:
+    cdef _sched_core.task_t *inner = <_sched_core.task_t *> task
+    if inner.fn == NULL:
+        return SR_INVALID
+    return status_of(_sched_core.sched_spawn(<_sched_core.sched_t *> sched, inner))
+
+
+cdef uint64_t sr_sched_queued(sr_sched *sched) noexcept nogil:
+    return _sched_core.sched_queued(<_sched_core.sched_t *> sched)
+
+
+cdef int sr_counter_new(sr_counter **counter) noexcept nogil:
+    counter[0] = <sr_counter *> _sched_core.counter_create()
+    return SR_OK if counter[0] != NULL else SR_NO_MEMORY
+
+
+cdef void sr_counter_free(sr_counter *counter) noexcept nogil:
+    _sched_core.counter_destroy(<_sched_core.counter_t *> counter)
+
+
+cdef uint64_t sr_counter_pending(sr_counter *counter) noexcept nogil:
+    return (<_sched_core.counter_t *> counter).pending.load(memory_order_acquire)
+
+
+cdef int sr_sched_wait(sr_sched *sched, sr_counter *counter) noexcept nogil:
+    return _sched_core.sched_wait(
+        <_sched_core.sched_t *> sched, <_sched_core.counter_t *> counter
+    )

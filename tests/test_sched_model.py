@@ -273,6 +273,194 @@ def test_broken_parking(without):
         explore(PARKING, [submitter(2, without), worker(2, without)], no_post_is_left)
 
 
+# Submission: see admit, push_stack and flush in speechrnt/_sched_core.pyx. A task is its number,
+# and the task below it on the stack is in next<number>.
+
+
+def push_task(task, without=""):
+    while True:
+        top = yield "load", "stack"
+        yield "store", f"next{task}", top
+        if without == "exchange of the top":
+            yield "exchange", "stack", task
+            return
+        if (yield "swap_if", "stack", top, task):
+            return
+
+
+def flush(without=""):
+    """Return what is on the stack, the oldest first; the list, of which only the length is shared,
+    grows by it."""
+    if not (yield "load", "stack"):
+        return []
+    if without != "length first":
+        yield "store", "length", 1
+    task = yield "load" if without == "exchange for none" else "exchange", "stack", 0
+    if without == "exchange for none":
+        yield "store", "stack", 0
+    flushed = []
+    while task:
+        flushed.insert(0, task)
+        task = yield "load", f"next{task}"
+    yield "store", "length", len(flushed)
+    return flushed
+
+
+def stack_submitter(*tasks, without=""):
+    def program():
+        for task in tasks:
+            yield from push_task(task, without)
+        return []
+
+    return program
+
+
+def taker(flushes, without=""):
+    def program():
+        taken = []
+        for _ in range(flushes):
+            taken += yield from flush(without)
+        return taken
+
+    return program
+
+
+STACK = {"stack": 0, "length": 0} | {f"next{task}": 0 for task in (1, 2, 3)}
+
+
+def each_task_is_taken_in_order(memory, outcomes):
+    taken, rest, task = outcomes[-1], [], memory["stack"]
+    while task:
+        rest.insert(0, task)
+        task = memory[f"next{task}"]
+    order = taken + rest
+    return sorted(order) == [1, 2, 3] and order.index(1) < order.index(2)
+
+
+@pytest.mark.parametrize("without", ["", "exchange of the top", "exchange for none"])
+def test_submission_order(without):
+    programs = [
+        stack_submitter(1, 2, without=without),
+        stack_submitter(3, without=without),
+        taker(2, without),
+    ]
+    if without:
+        with pytest.raises(BrokenError):
+            explore(STACK, programs, each_task_is_taken_in_order)
+    else:
+        assert explore(STACK, programs, each_task_is_taken_in_order) > 1000
+
+
+@pytest.mark.parametrize("without", ["", "length first", "stack first"])
+def test_a_queue_never_looks_empty(without):
+    """One submits, one moves the task to the list and leaves it there, one looks and sleeps."""
+
+    def submitter():
+        yield from push_task(1)
+        yield from wake()
+
+    def looker():
+        while True:
+            yield "exchange", "idle", 1
+            looks = ["length", "stack"] if without == "stack first" else ["stack", "length"]
+            if (yield "load", looks[0]) or (yield "load", looks[1]):
+                return
+            yield "wait", "semaphore"
+
+    programs = [submitter, looker, taker(1, without)]
+    memory = STACK | {"idle": 0, "semaphore": 0}
+    if without:
+        with pytest.raises(BrokenError, match="stuck"):
+            explore(memory, programs, lambda *_: True)
+    else:
+        assert explore(memory, programs, lambda *_: True) > 100
+
+
+def admit(limit, without=""):
+    """Accept a task, unless closed or `limit` wait."""
+    while True:
+        admitted = yield "load", "admitted"
+        if without == "closed bit":
+            if (yield "load", "draining"):
+                return False
+        elif admitted & 1:
+            return False
+        taken = yield "load", "taken"
+        if admitted // 2 - taken >= limit:
+            return False
+        if without == "exchange":
+            yield "store", "admitted", admitted + 2
+            return True
+        if (yield "swap_if", "admitted", admitted, admitted + 2):
+            return True
+
+
+@pytest.mark.parametrize("without", ["", "exchange"])
+def test_bound(without):
+    def submitter():
+        return 1 if (yield from admit(2, without)) else 0
+
+    def taker():
+        if (yield "load", "admitted") >= 2:
+            yield "add", "taken", 1
+
+    def within_bound(memory, outcomes):
+        accepted = sum(outcomes[:3])
+        # Who was refused saw two; with nothing taken, two were accepted.
+        return accepted - memory["taken"] <= 2 <= accepted and memory["admitted"] == 2 * accepted
+
+    programs = [submitter] * 3 + [taker]
+    memory = {"admitted": 0, "taken": 0, "draining": 0}
+    if without:
+        with pytest.raises(BrokenError):
+            explore(memory, programs, within_bound)
+    else:
+        assert explore(memory, programs, within_bound) > 100
+
+
+@pytest.mark.parametrize("without", ["", "closed bit", "state first"])
+def test_it_stops_only_when_all_is_done(without):
+    def announce_quiet():
+        if without != "state first":
+            draining = yield "load", "draining"
+        done = yield "load", "taken"
+        admitted = yield "load", "admitted"
+        if without == "state first":
+            draining = yield "load", "draining"
+        if draining and done == admitted // 2:
+            yield "exchange", "stopped", 1
+
+    def submitter():
+        if (yield from admit(9, without)):
+            yield "exchange", "stack", 1
+
+    def shut_down():
+        if without != "closed bit":
+            yield "add", "admitted", 1
+        yield "exchange", "draining", 1
+        yield from announce_quiet()
+
+    def worker():
+        for _ in range(2):
+            if (yield "load", "stopped"):
+                return
+            if (yield "exchange", "stack", 0):
+                yield "add", "taken", 1
+            yield "fence", None
+            yield from announce_quiet()
+
+    def all_done(memory, outcomes):
+        return not memory["stopped"] or memory["taken"] == memory["admitted"] // 2
+
+    memory = dict.fromkeys(["admitted", "taken", "stack", "draining", "stopped"], 0)
+    programs = [submitter, shut_down, worker]
+    if without:
+        with pytest.raises(BrokenError):
+            explore(memory, programs, all_done)
+    else:
+        assert explore(memory, programs, all_done) > 100
+
+
 # The last two workers to finish: see announce_quiet in speechrnt/_sched_core.pyx.
 
 

@@ -1,8 +1,11 @@
-"""Build the one extension module; cimport finds speechrnt's declarations where it is installed."""
+"""Build the extension modules; cimport finds speechrnt's declarations where it is installed."""
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-extension = Extension("sr_downstream.buffers", ["sr_downstream/buffers.pyx"])
+extensions = [
+    Extension(f"sr_downstream.{name}", [f"sr_downstream/{name}.pyx"])
+    for name in ("buffers", "tasks")
+]
 directives = {"language_level": 3, "freethreading_compatible": True}
-setup(ext_modules=cythonize([extension], compiler_directives=directives))
+setup(ext_modules=cythonize(extensions, compiler_directives=directives))
