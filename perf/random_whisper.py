@@ -2,7 +2,8 @@
 
     python perf/random_whisper.py SHAPE DIRECTORY
 
-The decoder is a single layer, and the vocabulary is that of the embedded model.
+The decoder is a single layer unless told otherwise, and the vocabulary is that of the embedded
+model.
 """
 
 import argparse
@@ -23,7 +24,7 @@ SHAPES = {  # d_model, heads, encoder layers
 }
 
 
-def write_model(shape, directory, seed=0):
+def write_model(shape, directory, seed=0, decoder_layers=1):
     """Write a model to `directory`, with int8 weights."""
     d_model, n_heads, n_layers = SHAPES[shape]
     pico = Path(speechrnt.download_model("pico"))
@@ -48,7 +49,7 @@ def write_model(shape, directory, seed=0):
         fill_linear(layer.ffn.linear_0, 4 * d_model)
         fill_linear(layer.ffn.linear_1, d_model, 4 * d_model)
 
-    spec = ctranslate2.specs.WhisperSpec(n_layers, n_heads, 1, n_heads)
+    spec = ctranslate2.specs.WhisperSpec(n_layers, n_heads, decoder_layers, n_heads)
     encoder, decoder = spec.encoder, spec.decoder
     encoder.conv1.weight, encoder.conv1.bias = weights(d_model, N_MELS, 3), weights(d_model)
     encoder.conv2.weight, encoder.conv2.bias = weights(d_model, d_model, 3), weights(d_model)
