@@ -18,6 +18,7 @@ class Scheduler(Executor):
         min_workers: int | None = None,
         max_workers: int | None = None,
         max_queued: int = 65536,
+        stealing: bool = True,
         stall_after: float = 10.0,
         at_exit: Literal["drain", "cancel"] = "drain",
         name: str = "speechrnt",

@@ -534,6 +534,8 @@ class Scheduler(Executor):
     max_queued : int
         Tasks that may wait in the shared queues, and, counted apart, be delayed. Native tasks that
         wait on the rings of workers, up to 256 of a priority each, come on top.
+    stealing : bool
+        Whether a worker without work takes what another one's task has spawned.
     stall_after : float
         Seconds after which `health` calls a worker stalled that is still at the same task.
     at_exit : "drain" or "cancel"
@@ -555,7 +557,7 @@ class Scheduler(Executor):
 
     def __init__(
         self, workers=None, *, affinity=None, reserved=0, min_workers=None, max_workers=None,
-        max_queued=65536, stall_after=10.0, at_exit="drain", name="speechrnt",
+        max_queued=65536, stealing=True, stall_after=10.0, at_exit="drain", name="speechrnt",
     ):
         cdef Core core
         if min_workers is not None:
@@ -575,6 +577,8 @@ class Scheduler(Executor):
             )
         reserved = checked_count("reserved", reserved, 0, low - 1)
         max_queued = checked_count("max_queued", max_queued, 1, 2**31 - 1)
+        if not isinstance(stealing, bool):
+            raise OptionError(f"stealing must be True or False, not {stealing!r}")
         stall_after = checked_seconds("stall_after", stall_after, False)
         if at_exit not in ("drain", "cancel"):
             raise OptionError(f"at_exit must be 'drain' or 'cancel', not {at_exit!r}")
@@ -584,6 +588,7 @@ class Scheduler(Executor):
         self._max_workers = high
         self._stall_after_s = stall_after
         self._core = core = Core(high, reserved, max_queued, count, cores)
+        core.sched.stealing = stealing
         core.at_exit = at_exit
         self._watch = Watch(core, high, low, high)
         period_s = stall_after / 4

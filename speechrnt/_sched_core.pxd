@@ -113,7 +113,7 @@ cdef struct sched_t:
     int n_workers
     int reserved             # workers at the end that serve only CRITICAL and HIGH
     int64_t max_queued
-    bint stealing            # False only to measure what stealing gains
+    bint stealing            # set before the workers start
     gate_t gate
     char[128] apart1
     atomic[uint64_t] idle    # workers that sleep, or are about to

@@ -151,6 +151,17 @@ class TestNative:
         assert statistics.submitted + statistics.spawned == 50_000
         assert sum(statistics.executed.values()) == 50_000
 
+    @pytest.mark.parametrize("stealing", [True, False])
+    def test_stealing_can_be_switched_off(self, native, stealing):
+        with Scheduler(workers=2, stealing=stealing) as scheduler:
+            batch = native.Batch(scheduler, 200, spin=2000)
+            for _ in range(100 if stealing else 3):
+                batch.spawn_all()
+                stolen = scheduler.statistics().stolen
+                if stolen:
+                    break
+        assert bool(stolen) is stealing
+
     def test_order_is_first_in_first_out(self, native):
         with Scheduler(workers=1) as scheduler:
             batches = [native.Batch(scheduler, 1) for _ in range(100)]
@@ -760,6 +771,7 @@ class TestInput:
             ({"stall_after": 0}, "stall_after must be a positive"),
             ({"stall_after": float("nan")}, "stall_after must be a positive"),
             ({"stall_after": "long"}, "stall_after must be a number of seconds"),
+            ({"stealing": None}, "stealing must be True or False, not None"),
             ({"at_exit": "hang"}, "at_exit must be 'drain' or 'cancel', not 'hang'"),
             ({"affinity": "all"}, "affinity must be None, 'auto' or CPU numbers, not 'all'"),
             ({"affinity": []}, "affinity must name at least one CPU"),
