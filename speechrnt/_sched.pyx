@@ -12,6 +12,7 @@ from libcpp.atomic cimport (
     atomic, memory_order_acq_rel, memory_order_acquire, memory_order_relaxed,
 )
 
+from speechrnt._future cimport FutureBase, new_future
 from speechrnt._sched_core cimport (
     HISTOGRAM_BUCKETS, LEVELS, MAX_WORKERS, SCHED_CLOSED, SCHED_FORKED, SCHED_OK, SCHED_RUNNING,
     TASK_CANCELLED, SchedResult, gate_t, histogram_limit_ns, histogram_t, now_ns, sched_create,
@@ -35,7 +36,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from itertools import islice
 
 from speechrnt._sched_timer import Timer, Watch, report_exception
@@ -87,13 +88,14 @@ cdef void release_python(void *arg, int status) noexcept with gil:
 
 @cython.final
 @cython.freelist(64)
+@cython.no_gc  # nobody but its queue and its timer refers to it, and `forget` ends that
 cdef class PythonTask:
     """A call that waits for a worker, for its time, or for both."""
 
     cdef task_t task
     cdef atomic[bint] claimed  # by whoever runs, cancels or expires it
     cdef object function, args, kwargs, context
-    cdef object future         # None: nobody asked for the result
+    cdef FutureBase future     # None: nobody asked for the result
     cdef object timer
     cdef object deadline       # the timer's entry, or None
 
@@ -101,20 +103,20 @@ cdef class PythonTask:
         return not self.claimed.exchange(True, memory_order_acq_rel)
 
     cdef int run(self) except -1:
-        future = self.future
+        cdef FutureBase future = self.future
         if not self.claim():
             return 0
         if future is None:
             self.call()
             return 0
-        if not future.set_running_or_notify_cancel():
+        if not future.begin():
             return 0
         try:
             result = self.call()
         except BaseException as error:
-            future.set_exception(error)
+            future.finish(None, error)
         else:
-            future.set_result(result)
+            future.finish(result, None)
         return 0
 
     cdef object call(self):
@@ -127,7 +129,7 @@ cdef class PythonTask:
     def cancel(self):
         """Cancel the future, unless the task has run, been cancelled or expired."""
         if self.claim() and self.future is not None and self.future.cancel():
-            self.future.set_running_or_notify_cancel()
+            self.future.begin()
 
     def fail(self, error):
         """Give the future an exception in place of a result, unless it is claimed."""
@@ -135,8 +137,8 @@ cdef class PythonTask:
             return
         if self.future is None:
             logger.warning("a delayed task was not run: %s", error)
-        elif self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+        elif self.future.begin():
+            self.future.finish(None, error)
 
     def expire(self):
         """Give up, the deadline having passed before a worker came to it."""
@@ -639,7 +641,7 @@ class Scheduler(Executor):
         TypeError
             `fn` is not callable.
         """
-        future = Future()
+        future = new_future()
         submit(self._core, fn, args, kwargs, priority, delay, deadline, future)
         return future
 
@@ -821,7 +823,7 @@ class Scheduler(Executor):
 
 
 cdef int submit(
-    Core core, function, tuple args, dict kwargs, priority, delay, deadline, future,
+    Core core, function, tuple args, dict kwargs, priority, delay, deadline, FutureBase future,
 ) except -1:
     cdef PythonTask task
     if not callable(function):
