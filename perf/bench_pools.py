@@ -1,7 +1,10 @@
-"""Pools against what one would use without them; prints one table in Markdown.
+"""The pools against what one would use without them.
 
-Each case runs in processes of its own, cases in turn, several times over; the table has the median
-over the processes. Run it on a quiet machine: ``python perf/bench_pools.py``.
+    python perf/bench_pools.py [--quick] [--rounds N]
+
+Every case runs in processes of its own, times of single calls as pyperf runs. The cases take turns,
+round by round, so that a busy machine disturbs all alike. The table shows medians over the rounds,
+and the median of the rounds' ratios.
 """
 
 import argparse
@@ -16,228 +19,236 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyperf
 
 from speechrnt.pools import AudioBufferPool, ObjectPool, PoolLimits, TranscriptionResultPool
 
 ROOT = Path(__file__).parent.parent
 THIRTY_SECONDS = 480_000
 
-
-def page_faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def per_call_ns(function, rounds=200_000, repeats=5):
-    """Nanoseconds per call; the best of several loops, since others only slow one down."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(rounds):
-            function()
-        best = min(best, time.perf_counter() - start)
-    return {"ns": best / rounds * 1e9}
+CALLS = {  # what is timed, and what it needs
+    "objects": ("pool.acquire().release()", lambda: {"pool": ObjectPool(bytearray)}),
+    "results": ("pool.acquire().release()", lambda: {"pool": TranscriptionResultPool()}),
+    "audio": ("pool.acquire(480_000).release()", lambda: {"pool": AudioBufferPool()}),
+    "LifoQueue": ("items.put(items.get())", lambda: {"items": one_in(queue.LifoQueue())}),
+    "list": ("items.append(items.pop())", lambda: {"items": [bytearray()]}),
+}
 
 
-def native(make):
+def one_in(items):
+    items.put(bytearray())
+    return items
+
+
+def native_objects():
     import pool_probe
 
-    # While a second thread lives, as in all programs that share a pool, locks are not elided.
-    stop = threading.Event()
-    threading.Thread(target=stop.wait, daemon=True).start()
-    one_round = make(pool_probe)
-    result = min(one_round(1_000_000) for _ in range(7)) / 1_000_000 * 1e9
-    stop.set()
-    return {"ns": result}
+    return pool_probe.Pool(64, 4096).rounds
 
 
-def c_objects():
-    return native(lambda probe: probe.Pool(64, 4096).rounds)
+def native_audio():
+    import pool_probe
 
-
-def c_audio():
     pool = AudioBufferPool()
-    return native(lambda probe: lambda n: probe.audio_rounds(pool, 2**21, n))
+    return lambda loops: pool_probe.audio_rounds(pool, 4 * THIRTY_SECONDS, loops)
 
 
-def python_audio():
-    pool = AudioBufferPool()
-    return per_call_ns(lambda: pool.acquire(THIRTY_SECONDS).release())
-
-
-def python_results():
-    pool = TranscriptionResultPool()
-    return per_call_ns(lambda: pool.acquire().release())
-
-
-def python_objects():
-    pool = ObjectPool(bytearray)
-    return per_call_ns(lambda: pool.acquire().release())
-
-
-def python_lifo_queue():
-    items = queue.LifoQueue()
-    items.put(bytearray())
-    return per_call_ns(lambda: items.put(items.get()))
-
-
-def python_list():
-    items = [bytearray()]
-    return per_call_ns(lambda: items.append(items.pop()))
+NATIVE = {"objects in C": native_objects, "audio in C": native_audio}
 
 
 def bursts(take):
     """Take 16 buffers of 30 s, write to each, let all go; 90th percentile per buffer."""
     samples = np.zeros(THIRTY_SECONDS, np.float32)
     for _ in range(3):
-        held = [take() for _ in range(16)]
+        held = [take(THIRTY_SECONDS) for _ in range(16)]
         for array, _ in held:
             array[:] = samples
         del held, array
     seconds = []
-    before = page_faults()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(100):
         held = []
         for _ in range(16):
             start = time.perf_counter()
-            held.append(take())
+            held.append(take(THIRTY_SECONDS))
             held[-1][0][:] = samples
             seconds.append(time.perf_counter() - start)
         del held
-    faults = (page_faults() - before) / len(seconds)
-    return {"p90_us": float(np.percentile(seconds, 90)) * 1e6, "faults": faults}
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return {"p90": float(np.percentile(seconds, 90)), "faults": faults / len(seconds)}
 
 
-def burst_pool():
-    pool = AudioBufferPool(PoolLimits(initial_size=16))
+def streams(take, maintain, threads):
+    """Up to 64 streams over 10 simulated minutes: 30 s of audio each, and work.
 
-    def take():
-        buffer = pool.acquire(THIRTY_SECONDS)
-        return buffer.array, buffer
-
-    return bursts(take)
-
-
-def burst_numpy():
-    return bursts(lambda: (np.empty(THIRTY_SECONDS, np.float32), None))
-
-
-def streams(take, maintain):
-    """Up to 64 streams, each with a ring of 30 s and work buffers, over 10 simulated minutes."""
+    A stream lasts 5 to 40 s. In each of them, one of the threads takes another buffer of some
+    length for it, writes to it, and lets it go.
+    """
     chance = random.Random(0)
-    live = []
-    base = current_rss()
-    peak = 0
-    for second in range(600):
-        live = [(ends, held) for ends, held in live if ends > second]
-        target = 64 if second % 120 < 60 else 8
-        while len(live) < target:
-            held = take(THIRTY_SECONDS)
-            held[0][:] = 1
-            live.append((second + chance.randint(5, 40), held))
-        for _ in live:  # a second of work: a window of some length, used and dropped
-            work = take(chance.randint(16_000, THIRTY_SECONDS))
-            work[0][:] = 1
-        del work
-        maintain(float(second))
-        peak = max(peak, current_rss())
-    return {"peak_mib": (peak - base) / 2**20, "end_mib": (current_rss() - base) / 2**20}
+
+    def begin(lasts):
+        array, lease = take(THIRTY_SECONDS)
+        array.fill(1)
+        return lasts, array, lease
+
+    def work(n_samples):
+        array, lease = take(n_samples)
+        array.fill(1)
+        del array, lease
+
+    with ThreadPoolExecutor(threads) as executor:
+        wait_for_all = threading.Barrier(threads).wait
+        list(executor.map(lambda _: wait_for_all(), range(threads)))
+        base = resident_bytes()
+        live = []
+        resident = []
+        for second in range(600):
+            live = [stream for stream in live if stream[0] > second]
+            wanted = 64 if second % 120 < 60 else 8
+            ends = [second + chance.randint(5, 40) for _ in range(len(live), wanted)]
+            live += executor.map(begin, ends)
+            lengths = [chance.randint(16_000, THIRTY_SECONDS) for _ in live]
+            list(executor.map(work, lengths))
+            maintain(float(second))
+            resident.append(resident_bytes() - base)
+    return {"peak": max(resident), "mean": statistics.mean(resident)}
 
 
-def current_rss():
+def resident_bytes():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-def streams_pool():
-    pool = AudioBufferPool()
+def with_pool(measure, *arguments, **limits):
+    pool = AudioBufferPool(PoolLimits(max_bytes=2**30, **limits))
 
     def take(n_samples):
         buffer = pool.acquire(n_samples)
         return buffer.array, buffer
 
-    return streams(take, pool.maintain)
+    if measure is bursts:
+        return measure(take)
+    return measure(take, pool.maintain, *arguments)
 
 
-def streams_numpy():
-    return streams(lambda n: (np.empty(n, np.float32), None), lambda _: None)
+def with_numpy(measure, *arguments):
+    def take(n_samples):
+        return np.empty(n_samples, np.float32), None
+
+    if measure is bursts:
+        return measure(take)
+    return measure(take, lambda _: None, *arguments)
 
 
-CASES = {
-    case.__name__: case
-    for case in (
-        c_objects, c_audio, python_audio, python_results, python_objects, python_lifo_queue,
-        python_list, burst_pool, burst_numpy, streams_pool, streams_numpy,
-    )
-}  # fmt: skip
+MANY = min(32, (os.cpu_count() or 1) + 4)  # as asyncio.to_thread uses
+MEASURED = {
+    "bursts, pool": lambda: with_pool(bursts, initial_size=16),
+    "bursts, numpy": lambda: with_numpy(bursts),
+    "streams, pool": lambda: with_pool(streams, 1),
+    "streams, numpy": lambda: with_numpy(streams, 1),
+    "streams on many threads, pool": lambda: with_pool(streams, MANY),
+    "streams on many threads, numpy": lambda: with_numpy(streams, MANY),
+}
 
-ROWS = [
-    ("objects, acquire and release in C", "c_objects", None, "ns", "ns"),
-    ("audio buffers, acquire and release in C", "c_audio", None, "ns", "ns"),
-    ("objects, from Python; against LifoQueue", "python_objects", "python_lifo_queue", "ns", "ns"),
-    ("objects, from Python; against a list", "python_objects", "python_list", "ns", "ns"),
-    ("results, from Python; against LifoQueue", "python_results", "python_lifo_queue", "ns", "ns"),
-    ("audio, from Python; against LifoQueue", "python_audio", "python_lifo_queue", "ns", "ns"),
-    (
-        "16 x 30 s, take and copy, p90; with np.empty",
-        "burst_pool",
-        "burst_numpy",
-        "p90_us",
-        "µs",
-    ),
-    ("the same, page faults per buffer", "burst_pool", "burst_numpy", "faults", ""),
-    (
-        "64 streams, peak memory; with np.empty",
-        "streams_pool",
-        "streams_numpy",
-        "peak_mib",
-        "MiB",
-    ),
-    ("the same, memory at the end", "streams_pool", "streams_numpy", "end_mib", "MiB"),
+TIMED_ROWS = [  # title, ours, theirs
+    ("C objects, acquire and release without the GIL", "objects in C", None),
+    ("audio buffers, the same", "audio in C", None),
+    ("objects from Python; LifoQueue", "objects", "LifoQueue"),
+    ("results from Python; LifoQueue", "results", "LifoQueue"),
+    ("audio buffers from Python; LifoQueue", "audio", "LifoQueue"),
+    ("objects from Python; a list", "objects", "list"),
+]
+MEASURED_ROWS = [  # title, case, key, scale, unit
+    ("bursts of 16 × 30 s, take and write, p90", "bursts", "p90", 1e6, "µs"),
+    ("the same, page faults per buffer", "bursts", "faults", 1, ""),
+    ("64 streams, one thread, peak memory", "streams", "peak", 2**-20, "MiB"),
+    ("the same, mean over time", "streams", "mean", 2**-20, "MiB"),
+    (f"64 streams, {MANY} threads, peak memory", "streams on many threads", "peak", 2**-20, "MiB"),
+    ("the same, mean over time", "streams on many threads", "mean", 2**-20, "MiB"),
 ]
 
 
-def build_probe(folder):
-    source = (ROOT / "tests" / "native" / "pool_probe.pyx").read_text(encoding="utf-8")
-    (Path(folder) / "pool_probe.pyx").write_text(source, encoding="utf-8")
-    subprocess.run(
-        [sys.executable, "-m", "Cython.Build.Cythonize", "--inplace", "-3", "pool_probe.pyx"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
+def run_timed():
+    """Time one case: one round, and the pyperf workers of that round."""
 
+    def pass_on(command, arguments):
+        command += ["--case", arguments.case]
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        print(json.dumps(CASES[arguments.case]()))
+    runner = pyperf.Runner(values=5, processes=1, min_time=0.03, add_cmdline_args=pass_on)
+    runner.argparser.add_argument("--case")
+    case = runner.parse_args().case
+    if case in CALLS:
+        statement, make = CALLS[case]
+        runner.timeit(case, statement, globals=make(), duplicate=64)
         return
-    measured = {name: [] for name in CASES}
-    with tempfile.TemporaryDirectory() as folder:
-        build_probe(folder)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), folder])}
-        for _ in range(arguments.processes):
-            for name in CASES:
-                command = [sys.executable, __file__, "--case", name]
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-                measured[name].append(json.loads(done.stdout))
-    print("| what | pool | without | ratio |\n|---|---|---|---|")
-    for title, ours, theirs, key, unit in ROWS:
-        pool = statistics.median(result[key] for result in measured[ours])
-        cells = [f"{pool:.3g} {unit}".strip(), "", ""]
+    # While a second thread lives, as in all programs that share a pool, locks are not elided.
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    runner.bench_time_func(case, NATIVE[case]())
+
+
+def measure(case, environment):
+    """Return the median seconds of a timed case, or what a measured one found."""
+    command = [sys.executable, __file__, "--case", case]
+    if case in MEASURED:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as directory:
+        output = str(Path(directory) / "round.json")
+        command += ["--quiet", "--inherit-environ", "PYTHONPATH", "--output", output]
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        return pyperf.Benchmark.load(output).median()
+
+
+def compare():
+    """Measure all rounds of all cases and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    n_rounds = 1 if arguments.quick else arguments.rounds
+
+    sys.path.append(str(ROOT / "tests"))
+    from native import load
+
+    probe = Path(load("pool_probe").__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(probe)])}
+    cases = [*NATIVE, *CALLS, *MEASURED]
+    rounds = [{case: measure(case, environment) for case in cases} for _ in range(n_rounds)]
+
+    def row(title, ours, theirs, unit):
+        cells = [f"{statistics.median(ours):.3g} {unit}".strip(), "", ""]
         if theirs:
-            other = statistics.median(result[key] for result in measured[theirs])
-            cells[1] = f"{other:.3g} {unit}".strip()
-            cells[2] = f"{other / pool:.2g}" if pool else "all"
+            cells[1] = f"{statistics.median(theirs):.3g} {unit}".strip()
+            ratio = statistics.median(a and b / a for a, b in zip(ours, theirs, strict=True))
+            cells[2] = f"{ratio:.3g} x" if ratio else ""
         print(f"| {title} | {' | '.join(cells)} |")
+
+    print(f"NumPy {np.__version__}, median of {n_rounds} round(s)\n")
+    print("| what; against (memory: np.empty) | pool | without | without / pool |")
+    print("|---|---:|---:|---:|")
+    for title, ours, theirs in TIMED_ROWS:
+        row(
+            title,
+            [results[ours] * 1e9 for results in rounds],
+            theirs and [results[theirs] * 1e9 for results in rounds],
+            "ns",
+        )
+    for title, case, key, scale, unit in MEASURED_ROWS:
+        ours, theirs = (
+            [results[f"{case}, {peer}"][key] * scale for results in rounds]
+            for peer in ("pool", "numpy")
+        )
+        row(title, ours, theirs, unit)
 
 
 if __name__ == "__main__":
-    main()
+    if "--case" not in sys.argv:
+        compare()
+    elif (name := sys.argv[sys.argv.index("--case") + 1]) in MEASURED:
+        print(json.dumps(MEASURED[name]()))
+    else:
+        run_timed()
