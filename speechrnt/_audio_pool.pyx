@@ -1,8 +1,8 @@
 """A pool of audio buffers.
 
-Buffers come in size classes: 64 KiB, 256 KiB, 1 MiB, 2 MiB and multiples of 2 MiB. 30 s of
-float32 at 16 kHz take one of 2 MiB. All are aligned to 64 bytes, and from 1 MiB on to 2 MiB, with
-huge pages where the system has them.
+Buffers come in size classes: 64 KiB, 256 KiB, 1 MiB, and multiples of 1.875 MiB, into one of which
+30 s of float32 at 16 kHz fit. All are aligned to 64 KiB, and lie in huge pages where the system has
+them.
 
 Memory never serves two users at once. A lease ends with its `release`, but arrays made from it may
 live on, in a local variable or a queue: then the memory stays in use until the last of them is

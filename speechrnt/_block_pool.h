@@ -1,12 +1,17 @@
 /* A pool of large blocks in size classes, for code without the GIL.
 
-   A block of 1 MiB or more starts on a 2 MiB boundary and asks for huge pages: the first touch of
-   30 s of audio is then one page fault, not 469. Idle blocks of a class are a stack, because the
-   block used last is the one most likely still in the caches; the bottom of the stack is what
-   clean-up takes. There are no per-thread caches, which would strand megabytes per thread.
+   All blocks lie in one range of addresses made of huge pages (_span_pool.h), side by side and
+   across the borders of the pages: the first touch of 30 s of audio is then one page fault or two,
+   not 469, and takes the memory of 30 s, not that of one more page. Idle blocks of a class are a
+   stack, because the block used last is the one most likely still in the caches; the bottom of the
+   stack is what clean-up takes. There are no per-thread caches, which would strand megabytes per
+   thread.
 
-   One mutex per pool, held for list surgery only: memory is mapped, advised and unmapped outside
-   it. Pools are listed for fork, which takes their locks and releases them on both sides.
+   Classes are few, since each keeps idle what its own demand explains.
+
+   One mutex per pool, held for list surgery only: memory is taken, advised upon and given up
+   outside it. Lock order: pool, then range. Pools are listed for fork, which takes their locks and
+   releases them on both sides.
 
    Included by _audio_pool.pyx only, which owns the one list of pools. */
 
@@ -25,15 +30,18 @@
 #include <vector>
 
 #include "_pool_common.h"
+#include "_span_pool.h"
 
 namespace speechrnt_pools {
 
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
-constexpr std::size_t kSmallClasses[] = {std::size_t{64} << 10, std::size_t{256} << 10,
-                                         std::size_t{1} << 20};
-constexpr std::uint32_t kNSmall = 3;  // then come multiples of kHugePage
-constexpr std::uint32_t kMaxHugePages = 1024;
-constexpr std::size_t kMaxBlock = kMaxHugePages * kHugePage;
+using speechrnt_memory::SpanPool;
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+constexpr std::size_t kSmallClasses[] = {kMiB / 16, kMiB / 4, kMiB};
+constexpr std::uint32_t kNSmall = 3;  // then come multiples of kWindow
+constexpr std::size_t kWindow = 15 * kMiB / 8;
+constexpr std::size_t kMaxBlock = 2048 * kMiB;
+constexpr std::uint32_t kNClasses = kNSmall + (kMaxBlock - 1) / kWindow + 1;
 constexpr std::uint32_t kMaxBlocks = kMaxSlots / 2;  // as many again may be overflow
 constexpr std::uint32_t kNoBlock = kMaxSlots;
 
@@ -81,7 +89,8 @@ struct sr_audio_pool {
     std::uint32_t tag;
     sr_audio_options options;
     sr_memory memory;
-    bool own_memory;  // mapped by us, so that its pages may be advised upon
+    bool own_memory;  // from `range`, so that its pages may be advised upon
+    speechrnt_memory::SpanPool range;
     std::unique_ptr<speechrnt_pools::Block[], decltype(&std::free)> blocks{nullptr, &std::free};
     std::mutex mutex;
     std::vector<speechrnt_pools::SizeClass> classes;
@@ -102,42 +111,34 @@ inline std::mutex pools_mutex;
 inline sr_audio_pool *first_pool = nullptr;
 inline std::uint32_t last_tag = 0;
 
-/* Map zeroed pages, or return null. */
-inline char *map_pages(std::size_t size) {
-    const std::size_t alignment = size >= kSmallClasses[kNSmall - 1] ? kHugePage : 0;
-    void *mapped = mmap(nullptr, size + alignment, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) {
-        return nullptr;
-    }
-    char *memory = static_cast<char *>(mapped);
-    if (alignment != 0) {
-        const std::size_t head = -reinterpret_cast<std::uintptr_t>(memory) & (alignment - 1);
-        if (head != 0) {
-            munmap(memory, head);
-        }
-        memory += head;
-        munmap(memory + size, alignment - head);
-#ifdef MADV_HUGEPAGE
-        madvise(memory, size, MADV_HUGEPAGE);  // refused where they are compiled out: then without
-#endif
-    }
-    return memory;
+/* What the range counts as the time, which is no concern of it here: maintenance decides what is
+   idle for too long, and gives it up. */
+constexpr std::uint32_t kNoTime = 1;
+
+inline char *obtain(sr_audio_pool *pool, std::size_t size) {
+    return static_cast<char *>(pool->own_memory
+                                   ? pool->range.allocate(size, kNoTime)
+                                   : pool->memory.alloc(pool->memory.ctx, size, 64));
 }
 
-inline char *obtain(const sr_audio_pool *pool, std::size_t size) {
+inline void return_memory(sr_audio_pool *pool, char *memory, std::size_t size) {
     if (pool->own_memory) {
-        return map_pages(size);
-    }
-    return static_cast<char *>(pool->memory.alloc(pool->memory.ctx, size, 64));
-}
-
-inline void give_up(const sr_audio_pool *pool, char *memory, std::size_t size) {
-    if (pool->own_memory) {
-        munmap(memory, size);
+        pool->range.deallocate(memory, kNoTime);
     } else {
         pool->memory.free(pool->memory.ctx, memory, size);
     }
+}
+
+/* After `return_memory`: let the system have the pages that nothing is on any more. */
+inline void release_pages(sr_audio_pool *pool) {
+    if (pool->own_memory) {
+        pool->range.trim(0, kNoTime);
+    }
+}
+
+inline void give_up(sr_audio_pool *pool, char *memory, std::size_t size) {
+    return_memory(pool, memory, size);
+    release_pages(pool);
 }
 
 /* Have the system back the pages now and not at the first touch. */
@@ -162,7 +163,11 @@ inline std::uint32_t class_of(std::size_t size) {
             return i;
         }
     }
-    return kNSmall + static_cast<std::uint32_t>((size - 1) / kHugePage);
+    return kNSmall + static_cast<std::uint32_t>((size - 1) / kWindow);
+}
+
+inline std::size_t class_capacity(std::uint32_t size_class) {
+    return size_class < kNSmall ? kSmallClasses[size_class] : (size_class - kNSmall + 1) * kWindow;
 }
 
 inline void push(sr_audio_pool *pool, std::uint32_t index) {
@@ -238,12 +243,16 @@ inline Doomed *doom_idle(sr_audio_pool *pool, std::uint32_t index, Doomed *next)
     return doomed;
 }
 
-inline void give_up_all(const sr_audio_pool *pool, Doomed *doomed) {
+inline void give_up_all(sr_audio_pool *pool, Doomed *doomed) {
+    if (doomed == nullptr) {
+        return;
+    }
     while (doomed != nullptr) {
         Doomed *next = doomed->next;
-        give_up(pool, reinterpret_cast<char *>(doomed), doomed->size);
+        return_memory(pool, reinterpret_cast<char *>(doomed), doomed->size);
         doomed = next;
     }
+    release_pages(pool);
 }
 
 /* Whether a new block of `size` fits the limits beside all that is in use. */
@@ -339,8 +348,7 @@ inline sr_status block_acquire(sr_audio_pool *pool, std::size_t size, std::uint6
     sr_status status = SR_OK;
     {
         const std::lock_guard<std::mutex> guard(pool->mutex);
-        SizeClass &stack = pool->classes[size_class];
-        index = stack.top;
+        index = pool->classes[size_class].top;
         hit = index != kNoBlock && !pool->closed;
         if (hit) {
             unlink(pool, index);
@@ -604,6 +612,23 @@ inline void block_maintain(sr_audio_pool *pool, double now, double epoch, double
     }
 }
 
+/* Reserve addresses for several times the limit, since holes may be too small for what comes next,
+   but not for more than memory there is. */
+inline bool reserve_range(sr_audio_pool *pool) {
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t physical = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * page;
+    const std::size_t limit = std::min(pool->options.hard_bytes, physical);
+    std::size_t capacity = limit * (pool->options.overflow ? 4 : 2) + kMaxBlock;
+    while (!pool->range.reserve(capacity)) {  // where addresses are limited, too
+        capacity /= 2;
+        if (capacity < 64 * kMiB) {
+            return false;
+        }
+    }
+    pool->range.set_limit(capacity);
+    return true;
+}
+
 inline sr_status block_pool_new(const sr_audio_options &options, sr_audio_pool **result) {
     const sr_memory *memory = options.memory;
     if (options.hard == 0 || options.hard > kMaxBlocks ||
@@ -613,7 +638,7 @@ inline sr_status block_pool_new(const sr_audio_options &options, sr_audio_pool *
     std::unique_ptr<sr_audio_pool> pool;
     try {
         pool = std::make_unique<sr_audio_pool>();
-        pool->classes.resize(kNSmall + kMaxHugePages);
+        pool->classes.resize(kNClasses);
     } catch (const std::bad_alloc &) {
         return SR_NO_MEMORY;
     }
@@ -623,11 +648,14 @@ inline sr_status block_pool_new(const sr_audio_options &options, sr_audio_pool *
         pool->memory = *memory;
     }
     for (std::uint32_t i = 0; i < pool->classes.size(); ++i) {
-        pool->classes[i].capacity = i < kNSmall ? kSmallClasses[i] : (i - kNSmall + 1) * kHugePage;
+        pool->classes[i].capacity = class_capacity(i);
     }
     // Zeroed and paged in on first use.
     pool->blocks.reset(static_cast<Block *>(std::calloc(std::size_t{2} * options.hard, sizeof(Block))));
     if (pool->blocks == nullptr) {
+        return SR_NO_MEMORY;
+    }
+    if (pool->own_memory && !reserve_range(pool.get())) {
         return SR_NO_MEMORY;
     }
     const std::lock_guard<std::mutex> guard(pools_mutex);
@@ -650,9 +678,13 @@ inline sr_status block_pool_free(sr_audio_pool *pool) {
         }
         *link = pool->next_pool;
     }
-    for (std::uint32_t i = 0; i < pool->n_blocks; ++i) {
-        if (pool->blocks[i].memory != nullptr) {
-            give_up(pool, pool->blocks[i].memory, pool->blocks[i].capacity);
+    if (pool->own_memory) {
+        pool->range.unmap_all();
+    } else {
+        for (std::uint32_t i = 0; i < pool->n_blocks; ++i) {
+            if (pool->blocks[i].memory != nullptr) {
+                return_memory(pool, pool->blocks[i].memory, pool->blocks[i].capacity);
+            }
         }
     }
     delete pool;
@@ -663,11 +695,13 @@ inline void lock_all_block_pools() {
     pools_mutex.lock();
     for (sr_audio_pool *pool = first_pool; pool != nullptr; pool = pool->next_pool) {
         pool->mutex.lock();
+        pool->range.lock();
     }
 }
 
 inline void unlock_all_block_pools() {
     for (sr_audio_pool *pool = first_pool; pool != nullptr; pool = pool->next_pool) {
+        pool->range.unlock();
         pool->mutex.unlock();
     }
     pools_mutex.unlock();

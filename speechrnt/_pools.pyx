@@ -293,7 +293,7 @@ cdef class ObjectPool:
 
     Notes
     -----
-    A list is faster, at about half of the time per acquire and release. What the pool adds is a
+    A list takes about a quarter of the time per acquire and release. What the pool adds is a
     bound, a release that cannot be forgotten, clean-up, and statistics.
 
     Examples

@@ -15,8 +15,8 @@
 
    All state is in tables beside the range, indexed by granule and by page, which the system hands
    out zeroed: the pool never allocates, so it cannot fail when a block is returned, and it is
-   usable in the child after a fork. It is trivially destructible: blocks may be returned until the
-   very end of the process.
+   usable in the child after a fork. It is trivially destructible, so that blocks may be returned
+   until the very end of the process; a pool that ends before is unmapped by hand.
 
    Time is given by the caller, in seconds of any steady clock that is never 0. */
 
@@ -68,13 +68,23 @@ public:
             return false;
         }
         const auto address = reinterpret_cast<std::uintptr_t>(range);
+        range_ = range;
         base_ = static_cast<char *>(range) + (kHugePage - address % kHugePage) % kHugePage;
         table_ = static_cast<Granule *>(spans);
         last_used_ = static_cast<std::uint32_t *>(used);
+#ifdef MADV_HUGEPAGE
         // Refused by kernels without huge pages; small ones then do, more slowly at first touch.
         madvise(base_, capacity_bytes(), MADV_HUGEPAGE);
+#endif
         insert_idle(0, granules_);
         return true;
+    }
+
+    /* Unmap everything, blocks that are out too. Nothing may be called any more. */
+    void unmap_all() {
+        unmap(range_, (std::size_t{pages_} + 1) * kHugePage);
+        unmap(table_, granules_ * sizeof(Granule));
+        unmap(last_used_, pages_ * sizeof(*last_used_));
     }
 
     bool owns(const void *block) const {
@@ -170,6 +180,16 @@ private:
 
     static void unmap(void *mapping, std::size_t bytes) {
         if (mapping != MAP_FAILED) munmap(mapping, bytes);
+    }
+
+    /* Have the system take pages back; the next touch finds zeros. */
+    static bool give_back(void *memory, std::size_t bytes) {
+#ifdef __linux__
+        return madvise(memory, bytes, MADV_DONTNEED) == 0;
+#else  // advice alone: there a new mapping does it
+        return mmap(memory, bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED;
+#endif
     }
 
     std::size_t capacity_bytes() const { return pages_ * kHugePage; }
@@ -282,8 +302,7 @@ private:
             while (page < end) {
                 std::uint32_t run = page;
                 while (run < end && stale(run)) ++run;
-                if (run > page && madvise(base_ + page * kHugePage, (run - page) * kHugePage,
-                                          MADV_DONTNEED) == 0) {
+                if (run > page && give_back(base_ + page * kHugePage, (run - page) * kHugePage)) {
                     std::fill(last_used_ + page, last_used_ + run, 0u);
                     released += run - page;
                 }
@@ -295,7 +314,8 @@ private:
         return released;
     }
 
-    char *base_ = nullptr;
+    void *range_ = nullptr;
+    char *base_ = nullptr;  // of the range, aligned to a huge page
     Granule *table_ = nullptr;
     std::uint32_t *last_used_ = nullptr;  // per page, when a block on it was returned; 0 not resident
     std::uint32_t granules_ = 0;

@@ -29,6 +29,7 @@ from speechrnt.pools import (
 STALE, FOREIGN = 3, 4
 KIB, MIB = 2**10, 2**20
 THIRTY_SECONDS = 480_000
+WINDOW = 15 * MIB // 8  # the class of that length in float32
 
 
 class TestAudioBufferPool:
@@ -76,17 +77,18 @@ class TestAudioBufferPool:
             (16 * KIB, 64 * KIB),
             (16 * KIB + 1, 256 * KIB),
             (64 * KIB + 1, MIB),
-            (256 * KIB + 1, 2 * MIB),
-            (THIRTY_SECONDS, 2 * MIB),
-            (512 * KIB + 1, 4 * MIB),
-            (5 * MIB, 20 * MIB),
+            (256 * KIB + 1, WINDOW),
+            (THIRTY_SECONDS, WINDOW),
+            (WINDOW // 4, WINDOW),
+            (WINDOW // 4 + 1, 2 * WINDOW),
+            (5 * MIB, 11 * WINDOW),
         ],
     )
     def test_size_classes_and_alignment(self, n_samples, size):
         pool = AudioBufferPool()
         buffer = pool.acquire(n_samples)
         assert pool.statistics().reserved_bytes == size
-        assert buffer.array.ctypes.data % (2 * MIB if size >= MIB else 64) == 0
+        assert buffer.array.ctypes.data % (64 * KIB) == 0
 
     def test_zero(self):
         pool = AudioBufferPool()
@@ -196,7 +198,7 @@ class TestAudioBufferPool:
         assert pool.statistics().purges == 0
         pool.maintain(1.0)
         pool.maintain(2.0)
-        assert (pool.statistics().purges, pool.statistics().idle_bytes) == (1, 2 * MIB)
+        assert (pool.statistics().purges, pool.statistics().idle_bytes) == (1, WINDOW)
         with pool.acquire(THIRTY_SECONDS) as buffer:
             buffer.array[:] = 2
             assert buffer.array.all()
@@ -211,18 +213,18 @@ class TestAudioBufferPool:
         pool.maintain(0.0)
         pool.maintain(10.0)
         statistics = pool.statistics()
-        assert statistics.idle_bytes == 10 * 64 * KIB + 2 * MIB
+        assert statistics.idle_bytes == 10 * 64 * KIB + WINDOW
 
     def test_reserve(self):
         pool = AudioBufferPool(PoolLimits(max_bytes=10 * MIB))
         pool.reserve(THIRTY_SECONDS, 3)
         pool.reserve(THIRTY_SECONDS, 2)
         pool.trim()
-        assert pool.statistics().idle_bytes == 6 * MIB
+        assert pool.statistics().idle_bytes == 3 * WINDOW
         with pytest.raises(PoolExhausted):
             pool.reserve(THIRTY_SECONDS, 6)
         pool.trim()
-        assert pool.statistics().idle_bytes == 6 * MIB
+        assert pool.statistics().idle_bytes == 3 * WINDOW
 
     def test_close_frees_what_is_idle_or_reserved_and_then_what_is_released(self, probe):
         pool = AudioBufferPool(PoolLimits(initial_size=3))
@@ -257,6 +259,70 @@ class TestAudioBufferPool:
             """
         )
         assert int(out) < 8
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_what_is_cleaned_up_is_the_systems_again(self):
+        out = run_python(
+            """
+            from speechrnt.pools import AudioBufferPool
+
+            def resident_kib():
+                with open("/proc/self/smaps_rollup") as file:
+                    return next(int(line.split()[1]) for line in file if line.startswith("Rss"))
+
+            pool = AudioBufferPool()
+            before = resident_kib()
+            buffers = [pool.acquire(480_000) for _ in range(40)]
+            for buffer in buffers:
+                buffer.array.fill(1)
+            full = resident_kib() - before
+            del buffers[10:], buffer
+            pool.trim()
+            assert all((buffer.array == 1).all() for buffer in buffers)
+            print(full, resident_kib() - before)
+            """
+        )
+        full, left = (int(kib) / 1024 for kib in out.split())
+        assert 40 * 1.83 <= full < 40 * 1.9 + 4
+        assert 10 * 1.83 <= left < 10 * 1.9 + 4
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="not all systems heed the limit")
+    def test_where_addresses_are_limited(self):
+        run_python(
+            """
+            import resource
+            import numpy as np
+            from speechrnt.pools import AudioBufferPool, PoolLimits
+            with open("/proc/self/statm") as file:
+                size = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, size + 2**28))
+            pool = AudioBufferPool(PoolLimits(max_bytes=2**40))
+            leases = [pool.acquire(480_000) for _ in range(16)]
+            for lease in leases:
+                lease.array.fill(1)
+            """
+        )
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="not all systems heed the limit")
+    def test_where_addresses_end(self):
+        run_python(
+            """
+            import resource
+            from speechrnt.errors import PoolExhausted
+            from speechrnt.pools import AudioBufferPool
+            pool = AudioBufferPool()
+            with open("/proc/self/statm") as file:
+                size = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + 2**25, size + 2**25))
+            try:
+                AudioBufferPool()
+            except PoolExhausted as error:
+                assert "no memory left" in str(error)
+            else:
+                raise AssertionError
+            pool.acquire(480_000).array.fill(1)
+            """
+        )
 
     def test_raw_handles(self, probe):
         pool = AudioBufferPool()
