@@ -54,6 +54,7 @@ _DEVICE_OVERHEAD = {"cuda": 256 << 20, "cpu": 0}
 
 _CHUNK = 2 << 20  # what CUDA and our pools map at once
 
+_VERSIONS = (4, 5, 6)  # of the format; they differ in other files
 _LONGEST_NAME = 1 << 10
 _TYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -176,7 +177,7 @@ def read_shape(model: str | PathLike[str] | bytes | BinaryIO) -> ModelShape:
     Raises
     ------
     ModelLoadError
-        If it cannot be read, or is not a Whisper model in CTranslate2's binary format 6.
+        If it cannot be read, or is not a Whisper model in CTranslate2's format.
     """
     if isinstance(model, bytes):
         return _read_shape(io.BytesIO(model), "model.bin")
@@ -231,8 +232,8 @@ def _read_variables(file: BinaryIO) -> dict[str, _Variable]:
         return file.read(length)[:-1].decode()
 
     version = read("I")
-    if version != 6:
-        raise ValueError(f"version {version} of the binary format, not 6")
+    if version not in _VERSIONS:
+        raise ValueError(f"version {version} of the binary format, not 4 to 6")
     specification = read_name()
     if specification != "WhisperSpec":
         raise ValueError(f"it holds a {specification!r}")

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from speechrnt import _inference_memory, inference_memory, system
-from speechrnt.errors import OptionError
+from speechrnt.errors import GpuUnavailable, OptionError
 
 ROOT = Path(__file__).parent.parent
 NATIVE = Path(__file__).parent / "native"
@@ -899,3 +900,49 @@ class TestUsableMemory:
     def test_a_group_without_a_limit_does_not_count(self, limited, limit):
         limited("0::/a\n", a=limit)
         assert system.usable_memory() == self.physical()
+
+
+# GPUs, where there is none; see tests/gpu for the rest
+
+
+@pytest.fixture
+def no_gpu():
+    if system.why_no_cuda() is None:
+        pytest.skip("there is a GPU")
+    yield system.why_no_cuda()
+    inference_memory._gpus.clear()
+
+
+def test_without_a_gpu_its_memory_is_off_and_that_is_no_error(no_gpu):
+    assert inference_memory.status("cuda") == f"off: {no_gpu}"
+    inference_memory.prepare("cuda:1")
+    inference_memory.configure("pool", 2**30, "cuda")
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        assert inference_memory.status(device) == f"off: {no_gpu}"
+        with pytest.raises(GpuUnavailable, match=re.escape(no_gpu)):
+            inference_memory.statistics(device)
+        with pytest.raises(GpuUnavailable, match=re.escape(no_gpu)):
+            inference_memory.trim(device=device)
+        inference_memory.configure("off", device=device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", None, 0])
+def test_an_unknown_device_is_an_option_error(device):
+    for function in (
+        lambda: inference_memory.configure("pool", device=device),
+        lambda: inference_memory.prepare(device),
+        lambda: inference_memory.statistics(device),
+        lambda: inference_memory.status(device),
+        lambda: inference_memory.trim(device=device),
+    ):
+        with pytest.raises(OptionError, match="use 'cpu', 'cuda' or 'cuda:<number>'"):
+            function()
+
+
+def test_what_only_the_cpu_has_is_refused_for_a_gpu():
+    with pytest.raises(OptionError, match="'mallopt' is for the CPU"):
+        inference_memory.configure("mallopt", device="cuda")
+    with pytest.raises(OptionError, match="'heap' is unknown"):
+        inference_memory.configure("heap", device="cuda")
+    with pytest.raises(OptionError, match="idle_s: a GPU's memory pool does not know"):
+        inference_memory.trim(10, device="cuda")

@@ -149,6 +149,11 @@ def test_the_shapes_of_stock_models(stock, name, saved_as):
     assert shape.parameters == parameters + (encoder_layers + 2 * decoder_layers) * d_model
 
 
+def test_earlier_versions_of_the_format_are_read_alike():
+    for version in b"\4\5":
+        assert read_shape(bytes([version]) + HEAD[1:]) == read_shape(HEAD)
+
+
 HEADS = b"encoder/num_heads\0\0"  # a scalar: type, size and value follow
 HEAD = (PICO / "model.bin").read_bytes()
 
@@ -165,8 +170,8 @@ def renamed(old, new):
         (HEAD[:4000], "is not a whole Whisper model"),
         (HEAD[: len(HEAD) // 2], "is not a whole Whisper model"),
         (HEAD[:-70], "is not a whole Whisper model"),
-        (b"\5" + HEAD[1:], "version 5 of the binary format"),
-        (b"PK\3\4" * 1000, "of the binary format, not 6"),
+        (b"\3" + HEAD[1:], "version 3 of the binary format, not 4 to 6"),
+        (b"PK\3\4" * 1000, "of the binary format, not 4 to 6"),
         (renamed(b"WhisperSpec\0", b"WhosperSpec\0"), "it holds a 'WhosperSpec'"),
         (renamed(b"WhisperSpec\0", b"Whisper\xff\xfe\xff\xff\0"), "can't decode"),
         (renamed(b"encoder/num_heads\0", b"encoder/num_heaps\0"), "num_heads' is missing"),
