@@ -3,6 +3,7 @@
 from ._sched import Priority, Scheduler
 from ._version import __version__
 from .audio import Audio, decode_audio, load_audio
+from .config import HardwareProfile, OptimizationConfig
 from .errors import (
     AudioError,
     AudioFileError,
@@ -25,9 +26,13 @@ from .errors import (
 )
 from .formats import format_timestamp
 from .hub import available_models, download_model
+from .latency import StageTimings
 from .models import load_model
+from .oneshot import Transcription
 from .results import Segment, TranscriptionInfo, TranscriptionOptions, Word
+from .stt import OptimizedSTTFactory, PerformanceOptimizedSTT
 from .transcribe import WhisperModel
+from .utterance import UtteranceOptions
 
 __all__ = [
     "Audio",
@@ -39,12 +44,16 @@ __all__ = [
     "GpuOutOfMemory",
     "GpuUnavailable",
     "HandleError",
+    "HardwareProfile",
     "InvalidAudioError",
     "ModelError",
     "ModelLoadError",
     "ModelNotFoundError",
+    "OptimizationConfig",
+    "OptimizedSTTFactory",
     "OptionError",
     "Overloaded",
+    "PerformanceOptimizedSTT",
     "PoolClosedError",
     "PoolExhausted",
     "Priority",
@@ -52,8 +61,11 @@ __all__ = [
     "SchedulerClosed",
     "Segment",
     "SpeechRNTError",
+    "StageTimings",
+    "Transcription",
     "TranscriptionInfo",
     "TranscriptionOptions",
+    "UtteranceOptions",
     "WhisperModel",
     "Word",
     "__version__",

@@ -788,6 +788,15 @@ class Scheduler(Executor):
         if wait and not core.join(timeout):
             raise TimeoutError(f"tasks were still running after {timeout} s")
 
+    def is_worker(self):
+        """Tell whether one of this scheduler's tasks is calling.
+
+        Returns
+        -------
+        bool
+        """
+        return self._core.is_worker()
+
     def statistics(self):
         """Count what has happened so far.
 

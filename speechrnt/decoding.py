@@ -22,6 +22,7 @@ __all__ = [
     "Slice",
     "build_prompt",
     "compression_ratio",
+    "length_limit",
     "max_new_tokens",
     "parse_result",
     "search_arguments",
@@ -135,10 +136,18 @@ def compression_ratio(text: str) -> float:
     return len(encoded) / len(zlib.compress(encoded))
 
 
-def max_new_tokens(prompt_length: int) -> int:
+def max_new_tokens(prompt_length: int, max_length: int = MAX_LENGTH) -> int:
     """Return after how many tokens CTranslate2 stops a transcript, finished or not."""
     # The last token of the prompt is fed in the step that yields the first one of the transcript.
-    return min(MAX_LENGTH // 2, MAX_LENGTH - (prompt_length - 1))
+    return min(max_length // 2, max_length - (prompt_length - 1))
+
+
+def length_limit(new_tokens: int, prompt_length: int) -> int:
+    """Return the `max_length` with which CTranslate2 stops a transcript after so many tokens.
+
+    The inverse of what `max_new_tokens` says of `MAX_LENGTH`, which is the most that is returned.
+    """
+    return min(MAX_LENGTH, max(2 * new_tokens, new_tokens + prompt_length - 1))
 
 
 def parse_result(
@@ -147,6 +156,7 @@ def parse_result(
     prompt_length: int,
     temperature: float,
     length_penalty: float,
+    max_length: int = MAX_LENGTH,
 ) -> DecodingResult:
     """Read CTranslate2's result of one window, decoded from a prompt of so many tokens."""
     tokens = result.sequences_ids[0]
@@ -161,7 +171,7 @@ def parse_result(
         no_speech_prob=result.no_speech_prob,
         compression_ratio=compression_ratio(text),
         temperature=temperature,
-        is_cut_off=len(tokens) >= max_new_tokens(prompt_length),
+        is_cut_off=len(tokens) >= max_new_tokens(prompt_length, max_length),
     )
 
 

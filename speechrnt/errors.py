@@ -65,7 +65,18 @@ class OptionError(SpeechRNTError, ValueError):
 
 
 class Overloaded(SpeechRNTError, RuntimeError):  # noqa: N818
-    """A bounded queue is full; nothing was queued, and a later attempt may succeed."""
+    """A bounded queue is full; nothing was queued, and a later attempt may succeed.
+
+    Attributes
+    ----------
+    retry_after_s : float or None
+        Seconds after which there may be room again, from the speed measured so far; None where
+        nothing is known.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class SchedulerClosed(SpeechRNTError, RuntimeError):  # noqa: N818

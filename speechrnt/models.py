@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import json
+import logging
 import os
 import threading
 import weakref
@@ -34,6 +35,7 @@ from .hub import (
     download_model,
     fetch_tokenizer,
 )
+from .sizing import ModelShape, read_shape
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "resolve_compute_type",
     "resolve_device",
 ]
+
+logger = logging.getLogger("speechrnt")
 
 DEFAULT_MODEL = "pico"
 """Name of the embedded model."""
@@ -189,12 +193,15 @@ class Model:
         Its vocabulary.
     capabilities
         What it was trained for.
+    shape
+        Its dimensions; None if its file is of a kind that only CTranslate2 can read.
     """
 
     name: str
     whisper: ctranslate2.models.Whisper
     tokenizer: Tokenizer
     capabilities: Capabilities
+    shape: ModelShape | None = None
     _process: int = field(default_factory=os.getpid, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -236,10 +243,18 @@ class Model:
 
     def detect_language(self, encoding: ctranslate2.StorageView) -> list[tuple[str, float]]:
         """Return code and probability of every language in one encoded window, best first."""
+        [probabilities] = self.detect_languages(encoding)
+        return probabilities
+
+    def detect_languages(self, encoding: ctranslate2.StorageView) -> list[list[tuple[str, float]]]:
+        """Return the same for each of several windows encoded together."""
         whisper = self._here()
         with _calls:
-            [probabilities] = whisper.detect_language(encoding)
-        return [(token[2:-2], probability) for token, probability in probabilities]
+            windows = whisper.detect_language(encoding)
+        return [
+            [(token[2:-2], probability) for token, probability in probabilities]
+            for probabilities in windows
+        ]
 
     def generate(
         self, encoding: ctranslate2.StorageView, prompts: list[list[int]], **options: Any
@@ -384,6 +399,11 @@ def load_model(
     if content is None:
         content = fetch_tokenizer(name, multilingual, download_root, local_files_only)
     try:
+        shape = read_shape(place if in_memory is None else in_memory[WEIGHTS])
+    except ModelLoadError as error:
+        logger.debug("%s", error)
+        shape = None
+    try:
         tokenizer = _load_tokenizer(content, multilingual)
         _check_ids(texts, tokenizer)
         declaration = texts.get("speechrnt.json")
@@ -392,7 +412,7 @@ def load_model(
         )
     except ModelLoadError as error:
         raise ModelLoadError(f"{name}: {error}") from error
-    return Model(name, whisper, tokenizer, capabilities)
+    return Model(name, whisper, tokenizer, capabilities, shape)
 
 
 def resolve_device(device: str) -> str:

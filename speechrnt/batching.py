@@ -1,0 +1,568 @@
+"""The dispatcher: when the model works, and on which windows at once.
+
+When a model worker is idle, what comes goes. When all are busy, jobs wait in a `JobQueue`, and a
+worker that comes free takes the next one and encodes it; as long as the batch is smaller than what
+pays (`BatchSizes`) and the queue holds jobs that fit, it takes and encodes more of them; then it
+decodes them together. So jobs join until the decoder starts, nobody waits for a timer, and several
+workers share a queue evenly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import ctranslate2
+import numpy as np
+from numpy.typing import NDArray
+
+from ._sched import Priority
+from .batch_sizes import BatchSizes, Costs
+from .decoding import build_prompt, length_limit
+from .errors import DeadlineExceeded, ModelError, Overloaded, SpeechRNTError
+from .job_queue import JobQueue
+from .models import Model
+from .pools import AudioBufferPool
+
+__all__ = ["Dispatcher", "DispatcherStatistics", "Executor", "Job", "JobResult", "SearchOptions"]
+
+logger = logging.getLogger("speechrnt")
+
+LanguageProbabilities: TypeAlias = list[tuple[str, float]]
+
+# A short sentence.
+_MEASURED_TOKENS = 16
+
+# Not less: a client that comes back at once would find the queue as full.
+_LEAST_RETRY_AFTER_S = 0.1
+
+
+class Executor(Protocol):
+    """What runs the work before and after the model."""
+
+    def submit_nowait(self, fn: Callable[..., object], /, *args: Any, priority: Priority) -> None:
+        """Run a function soon."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How CTranslate2 shall search; the same for all of a batch. See `Whisper.generate`."""
+
+    beam_size: int = 5
+    patience: float = 1.0
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    suppress_blank: bool = True
+    suppress_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What the model says of one window.
+
+    Attributes
+    ----------
+    output
+        The transcript.
+    prompt_length
+        Tokens that it was decoded from.
+    languages
+        Code and probability of each language, best first, if they were asked for.
+    encoding
+        The encoder's output, for another attempt at the same window; None where it cannot be kept.
+    queue_s, encode_s, decode_s
+        Seconds in the queue, and of the model's calls that this window was part of.
+    """
+
+    output: ctranslate2.models.WhisperGenerationResult
+    prompt_length: int
+    languages: LanguageProbabilities | None
+    encoding: ctranslate2.StorageView | None
+    queue_s: float
+    encode_s: float
+    decode_s: float
+
+
+@dataclass(eq=False)
+class Job:
+    """One window for the model.
+
+    Attributes
+    ----------
+    frames
+        Mel frames of the encoder's context.
+    write_features
+        Writes them to an array of shape (n_mels, frames), float32; called by a model worker.
+    language, task, previous_tokens
+        Of the prompt. Without a language, it is detected first.
+    max_length
+        CTranslate2's limit: see `decoding.length_limit`.
+    search
+        How to search.
+    done, failed
+        One of them is called, once, by the executor; neither if the job was cancelled.
+    priority, deadline, client
+        See `Queueable`; the deadline is a time of `time.monotonic`.
+    lane
+        Jobs of different lanes share no batch: further attempts do not hold up first ones.
+    encoding
+        The encoder's output if it is known already.
+    """
+
+    frames: int
+    write_features: Callable[[NDArray[np.float32]], None]
+    language: str | None
+    task: str
+    previous_tokens: Sequence[int]
+    max_length: int
+    search: SearchOptions
+    done: Callable[[JobResult], None]
+    failed: Callable[[Exception], None]
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+    client: Hashable | None = None
+    lane: int = 0
+    encoding: ctranslate2.StorageView | None = None
+    key: Hashable = field(init=False)
+    cost_s: float = field(default=0.0, init=False)
+    queued_at: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        # CTranslate2 takes one set of options and one place of <|startoftranscript|> per call.
+        self.key = (self.frames, len(self.previous_tokens), self.max_length, self.search, self.lane)
+
+
+@dataclass(frozen=True)
+class DispatcherStatistics:
+    """Counts since the start, consistent with each other.
+
+    Attributes
+    ----------
+    submitted, completed, failed, cancelled, expired, rejected : int
+        Jobs accepted; then done, failed, taken back, or past their deadline before they started;
+        and jobs not accepted because the queue was full.
+    queued : Mapping of Priority to int
+        Jobs that wait now.
+    running : int
+        Jobs that a model worker has now.
+    batch_sizes : Mapping of int to int
+        How many times the decoder was called for so many windows.
+    isolated : int
+        Batches that failed, and were done again window by window.
+    encode_s, decode_s : float
+        Seconds in the model's calls, of all workers.
+    """
+
+    submitted: int
+    completed: int
+    failed: int
+    cancelled: int
+    expired: int
+    rejected: int
+    queued: Mapping[Priority, int]
+    running: int
+    batch_sizes: Mapping[int, int]
+    isolated: int
+    encode_s: float
+    decode_s: float
+
+
+@dataclass(eq=False)
+class _Item:
+    """A job in a worker's hands."""
+
+    job: Job
+    started_at: float
+    encoding: ctranslate2.StorageView | None = None
+    encode_s: float = 0.0
+    languages: LanguageProbabilities | None = None
+
+
+class Dispatcher:
+    """The only caller of the model. Thread-safe.
+
+    Parameters
+    ----------
+    model
+        The model.
+    workers
+        Calls of the model at the same time; as many as it was loaded for.
+    sizes
+        How many windows pay.
+    buffers
+        Where features and encodings of a batch are put together.
+    executor
+        Runs the jobs' callbacks.
+    max_queued
+        Jobs that may wait.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        workers: int,
+        sizes: BatchSizes,
+        buffers: AudioBufferPool,
+        executor: Executor,
+        max_queued: int,
+    ) -> None:
+        self._model = model
+        self._sizes = sizes
+        self._buffers = buffers
+        self._executor = executor
+        self._max_queued = max_queued
+        self._n_workers = workers
+        # What is encoded together stays together: parts of a GPU's memory cannot be joined here.
+        self._joins_encodings = model.whisper.device == "cpu"
+        self._process = os.getpid()
+        self._changed = threading.Condition()
+        # Guarded by _changed, down to the threads.
+        self._queue: JobQueue[Job] = JobQueue()
+        self._is_closed = False
+        self._running = 0
+        self._counts: Counter[str] = Counter()
+        self._batch_sizes: Counter[int] = Counter()
+        self._encode_s = 0.0
+        self._decode_s = 0.0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"speechrnt-model-{index}", daemon=True)
+            for index in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job.
+
+        Raises
+        ------
+        Overloaded
+            As many jobs wait as may.
+        ModelError
+            The dispatcher is closed, or belongs to a parent process.
+        """
+        self._check_process()
+        job.cost_s = self._sizes.expected_s(job.frames)
+        with self._changed:
+            if self._is_closed:
+                raise ModelError("the dispatcher is closed")
+            if len(self._queue) >= self._max_queued:
+                self._counts["rejected"] += 1
+                raise Overloaded(
+                    f"{self._max_queued} windows are waiting for the model, the most allowed",
+                    self._retry_after_s(),
+                )
+            job.queued_at = time.monotonic()
+            self._queue.add(job, job.queued_at)
+            self._counts["submitted"] += 1
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> bool:
+        """Take a job back; False if it does not wait any more, and so will be answered."""
+        self._check_process()
+        with self._changed:
+            if not self._queue.discard(job):
+                return False
+            self._counts["cancelled"] += 1
+            return True
+
+    def retry_after_s(self) -> float:
+        """Return the seconds until the work that waits now may be done, as far as can be told."""
+        with self._changed:
+            return self._retry_after_s()
+
+    def statistics(self) -> DispatcherStatistics:
+        """Return what was counted so far."""
+        with self._changed:
+            return DispatcherStatistics(
+                submitted=self._counts["submitted"],
+                completed=self._counts["completed"],
+                failed=self._counts["failed"],
+                cancelled=self._counts["cancelled"],
+                expired=self._counts["expired"],
+                rejected=self._counts["rejected"],
+                queued=self._queue.sizes,
+                running=self._running,
+                batch_sizes=dict(self._batch_sizes),
+                isolated=self._counts["isolated"],
+                encode_s=self._encode_s,
+                decode_s=self._decode_s,
+            )
+
+    def is_worker(self) -> bool:
+        """Whether the caller is one of the threads that call the model."""
+        return threading.current_thread() in self._threads
+
+    def measure(self, frames: int, search: SearchOptions) -> Costs:
+        """Time the model on one length of context, and use the batch sizes that pay from now on.
+
+        Parameters
+        ----------
+        frames
+            Mel frames of context.
+        search
+            How to decode.
+        """
+        self._check_process()
+        model, tokenizer = self._model, self._model.tokenizer
+        prompt = build_prompt(tokenizer, tokenizer.languages[0], "transcribe", (), True)
+        shape = (self._sizes.largest(frames), model.n_mels, frames)
+        noise = np.random.default_rng(0).uniform(-0.5, 0.5, shape).astype(np.float32)
+        encodings: dict[int, ctranslate2.StorageView] = {}
+
+        def encode(size: int) -> None:
+            encodings[size] = model.encode(noise[:size])
+
+        def decode(size: int) -> None:
+            model.generate(
+                encodings[size],
+                [prompt] * size,
+                beam_size=search.beam_size,
+                patience=search.patience,
+                max_length=length_limit(_MEASURED_TOKENS, len(prompt)),
+                # So that no window ends before the others.
+                suppress_tokens=[tokenizer.eot],
+            )
+
+        def prepare(size: int) -> None:
+            if size not in encodings:
+                encode(size)
+            decode(size)
+
+        return self._sizes.measure(frames, encode, prepare)
+
+    def close(self, cancel: bool = False) -> None:
+        """Accept nothing more, do what waits, and end the workers.
+
+        With `cancel`, jobs that wait fail instead. May be called again, by any thread but a worker.
+        """
+        if os.getpid() != self._process:
+            return
+        dropped: list[Job] = []
+        with self._changed:
+            self._is_closed = True
+            if cancel:
+                while (job := self._queue.pick()) is not None:
+                    dropped.append(job)
+                self._counts["cancelled"] += len(dropped)
+            self._changed.notify_all()
+        for job in dropped:
+            self._deliver(job, job.failed, ModelError("closed before the model came to this"))
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ModelError(
+                "this dispatcher belongs to the parent process and has no workers here; "
+                "start processes with the 'spawn' method, and load the model in each"
+            )
+
+    def _retry_after_s(self) -> float:
+        return max(self._queue.cost_s / self._n_workers, _LEAST_RETRY_AFTER_S)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not len(self._queue):
+                    if self._is_closed:
+                        return
+                    self._changed.wait()
+                job = self._queue.pick()
+                assert job is not None
+                in_time = self._admit(job)
+            if not in_time:
+                self._expire(job)
+                continue
+            batch = [_Item(job, time.monotonic())]
+            del job
+            try:
+                self._run(batch)
+            except Exception as error:
+                self._recover(batch, error)
+            finally:
+                with self._changed:
+                    self._running -= len(batch)
+            del batch
+
+    def _admit(self, job: Job) -> bool:
+        """Count a picked job as running, unless it is too late for it; called with the lock."""
+        if job.deadline is not None and time.monotonic() > job.deadline:
+            self._counts["expired"] += 1
+            return False
+        self._running += 1
+        return True
+
+    def _expire(self, job: Job) -> None:
+        late = DeadlineExceeded("the model had not come to this when its deadline passed")
+        self._deliver(job, job.failed, late)
+
+    def _join(self, batch: list[_Item], most: int) -> list[_Item]:
+        """Take more jobs for the batch, at most so many."""
+        joined: list[_Item] = []
+        expired: list[Job] = []
+        leader = batch[0].job
+        with self._changed:
+            while len(joined) < most:
+                job = self._queue.pick_like(leader)
+                if job is None:
+                    break
+                if self._admit(job):
+                    joined.append(_Item(job, time.monotonic()))
+                else:
+                    expired.append(job)
+        for job in expired:
+            self._expire(job)
+        batch += joined
+        return joined
+
+    def _run(self, batch: list[_Item]) -> None:
+        """Encode and decode a batch, and whoever joins it meanwhile."""
+        started = time.monotonic()
+        encode_size, decode_size = self._sizes.of(batch[0].job.frames)
+        new = batch[:]
+        if encode_size > 1:
+            new += self._join(batch, encode_size - 1)
+        self._encode(new)
+        while self._joins_encodings and len(batch) < decode_size:
+            new = self._join(batch, min(encode_size, decode_size - len(batch)))
+            if not new:
+                break
+            self._encode(new)
+        self._decode(batch)
+        self._sizes.observe(batch[0].job.frames, len(batch), time.monotonic() - started)
+
+    def _encode(self, items: list[_Item]) -> None:
+        """Encode some windows with one call, and detect their languages where that is asked."""
+        started = time.monotonic()
+        job = items[0].job
+        if len(items) == 1 and job.encoding is not None:
+            encoding = job.encoding
+        else:
+            shape = (len(items), self._model.n_mels, job.frames)
+            with self._buffers.acquire(int(np.prod(shape))) as buffer:
+                features = buffer.array.reshape(shape)
+                for item, window in zip(items, features, strict=True):
+                    item.job.write_features(window)
+                encoding = self._model.encode(features)
+                del features, window
+        asking = [item for item in items if item.job.language is None]
+        if asking:
+            languages = self._model.detect_languages(encoding)
+            for item, probabilities in zip(items, languages, strict=True):
+                item.languages = probabilities if item.job.language is None else None
+        elapsed = time.monotonic() - started
+        for item in items:
+            item.encoding = encoding
+            item.encode_s = elapsed
+        with self._changed:
+            self._encode_s += elapsed
+
+    def _decode(self, batch: list[_Item]) -> None:
+        started = time.monotonic()
+        job = batch[0].job
+        prompts = [
+            build_prompt(
+                self._model.tokenizer,
+                item.languages[0][0] if item.languages else str(item.job.language),
+                item.job.task,
+                item.job.previous_tokens,
+                True,
+                max(len(item.job.previous_tokens), 1),
+            )
+            for item in batch
+        ]
+        search = job.search
+        options = {
+            "beam_size": search.beam_size,
+            "patience": search.patience,
+            "length_penalty": search.length_penalty,
+            "repetition_penalty": search.repetition_penalty,
+            "no_repeat_ngram_size": search.no_repeat_ngram_size,
+            "suppress_blank": search.suppress_blank,
+            "suppress_tokens": list(search.suppress_tokens),
+            "max_length": job.max_length,
+            "return_scores": True,
+            "return_no_speech_prob": True,
+        }
+        first = batch[0].encoding
+        assert first is not None
+        if all(item.encoding is first for item in batch):
+            outputs = self._model.generate(first, prompts, **options)
+        else:
+            outputs = self._decode_joined(batch, prompts, options)
+        decode_s = time.monotonic() - started
+        with self._changed:
+            self._decode_s += decode_s
+            self._batch_sizes[len(batch)] += 1
+            self._counts["completed"] += len(batch)
+        for item, output, prompt in zip(batch, outputs, prompts, strict=True):
+            encoding = item.encoding
+            result = JobResult(
+                output=output,
+                prompt_length=len(prompt),
+                languages=item.languages,
+                encoding=encoding if encoding is not None and encoding.shape[0] == 1 else None,
+                queue_s=item.started_at - item.job.queued_at,
+                encode_s=item.encode_s,
+                decode_s=decode_s,
+            )
+            self._deliver(item.job, item.job.done, result)
+
+    def _decode_joined(
+        self, batch: list[_Item], prompts: list[list[int]], options: Mapping[str, Any]
+    ) -> list[ctranslate2.models.WhisperGenerationResult]:
+        """Put encodings from several calls together, and decode them."""
+        parts = [np.asarray(encoding) for encoding in dict.fromkeys(i.encoding for i in batch)]
+        shape = (len(batch), *parts[0].shape[1:])
+        with self._buffers.acquire(int(np.prod(shape))) as buffer:
+            joined = buffer.array.reshape(shape)
+            np.concatenate(parts, out=joined)
+            view = ctranslate2.StorageView.from_array(joined)
+            try:
+                return self._model.generate(view, prompts, **options)
+            finally:
+                del joined, view
+
+    def _recover(self, batch: list[_Item], error: Exception) -> None:
+        """After a call failed: do its jobs one by one, so that only the guilty one fails."""
+        if len(batch) == 1:
+            self._fail(batch[0].job, error)
+            return
+        logger.warning("a batch of %d failed and is done one by one: %s", len(batch), error)
+        with self._changed:
+            self._counts["isolated"] += 1
+        for item in batch:
+            alone = [_Item(item.job, item.started_at)]
+            try:
+                self._encode(alone)
+                self._decode(alone)
+            except Exception as alone_error:
+                self._fail(item.job, alone_error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        with self._changed:
+            self._counts["failed"] += 1
+        if not isinstance(error, SpeechRNTError):
+            wrapped = ModelError(f"{self._model.name}: CTranslate2 failed: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        self._deliver(job, job.failed, error)
+
+    def _deliver(self, job: Job, callback: Callable[[Any], None], value: object) -> None:
+        """Have the executor tell a job's owner; tell it here if the executor takes nothing."""
+        try:
+            self._executor.submit_nowait(callback, value, priority=job.priority)
+        except SpeechRNTError:
+            try:
+                callback(value)
+            except Exception:
+                logger.exception("a callback of the dispatcher failed")

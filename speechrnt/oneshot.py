@@ -1,0 +1,286 @@
+"""One-shot requests: a recording, of any length, through the utterance pipeline."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._sched import Priority
+from .audio import Audio, AudioInput, load_audio
+from .errors import SpeechRNTError
+from .latency import StageTimings
+from .pools import AudioBuffer
+from .results import Segment
+from .segmentation import Cutter, WindowCut
+from .utterance import Final, Plan, Utterance, UtterancePipeline, join_texts
+from .vad import FRAME_SAMPLES
+
+__all__ = ["Request", "Transcription"]
+
+# Audio that one task looks at before others have their turn.
+_BLOCK_SAMPLES = 32 * FRAME_SAMPLES
+_SLICE_BLOCKS = 10
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """What was said in a recording or a stream.
+
+    Attributes
+    ----------
+    text : str
+        All of it.
+    segments : tuple of Segment
+        The windows in which something was said: text, ids, scores, and where they lie in seconds.
+    language : str
+        The language it was decoded in. Where it changed, that of the most audio.
+    language_probability : float
+        How sure the model was; 1 for a language that was given.
+    duration : float
+        Seconds of audio.
+    timings : StageTimings
+        Where the time went.
+    warnings : tuple of str
+        What was wrong without making the audio or an option unusable.
+    """
+
+    text: str
+    segments: tuple[Segment, ...]
+    language: str
+    language_probability: float
+    duration: float
+    timings: StageTimings
+    warnings: tuple[str, ...] = ()
+
+
+class Request:
+    """A recording on its way to its text.
+
+    Parameters
+    ----------
+    pipeline
+        The engine's.
+    plan
+        How to transcribe it.
+    audio
+        The recording. An array is copied before this returns, and files are read by the executor.
+    flushes
+        Samples at which the windows are cut and the search for speech begins anew.
+    on_over
+        Called once with the request when it is done, failed or cancelled, and holds nothing more.
+
+    Raises
+    ------
+    AudioError
+        If `audio` is no audio, where that can be told without reading a file.
+
+    Attributes
+    ----------
+    future : Future of Transcription
+        Cancelling it takes back all that the model has not begun with.
+    outcome : str
+        ``"completed"``, ``"failed"`` or ``"cancelled"``, once it is over.
+    timings : StageTimings
+        Of a completed request.
+    duration : float
+        Seconds of audio, once it is read.
+    """
+
+    def __init__(
+        self,
+        pipeline: UtterancePipeline,
+        plan: Plan,
+        audio: AudioInput,
+        *,
+        on_over: Callable[[Request], None],
+        priority: Priority = Priority.NORMAL,
+        deadline: float | None = None,
+        client: Hashable | None = None,
+        flushes: tuple[int, ...] = (),
+    ) -> None:
+        self._started = time.perf_counter()
+        self._pipeline = pipeline
+        self._plan = plan
+        self._priority = priority
+        self._on_over = on_over
+        self._flushes = [*flushes]
+        self._lock = threading.Lock()
+        self._is_reading = False  # somebody is in `_read`, or about to be
+        self._has_more = True
+        self._is_over = False
+        self.outcome: Literal["completed", "failed", "cancelled"] = "cancelled"
+        self._ingest_s = 0.0
+        self._finals: list[Final] = []
+        self._cutter: Cutter | None = None
+        self._source: AudioInput | None = audio
+        self._samples: NDArray[np.float32] | None = None
+        self._buffer: AudioBuffer | None = None
+        if isinstance(audio, np.ndarray | Audio | bytes | bytearray | memoryview):
+            self._load()
+        self.future: Future[Transcription] = Future()
+        self.timings = StageTimings()
+        self.duration = 0.0
+        self._utterance = Utterance(
+            pipeline,
+            plan,
+            on_final=self._take,
+            on_progress=self.read,
+            on_settled=self._finish,
+            on_failed=self._fail,
+            priority=priority,
+            deadline=deadline,
+            client=client,
+        )
+        self._ingest_s += time.perf_counter() - self._started
+        self.future.add_done_callback(self._note_cancelled)
+
+    def read(self) -> None:
+        """Have the executor look at more of the audio, if there is room for its windows."""
+        with self._lock:
+            if self._is_reading or self._is_over or not self._has_more:
+                return
+            self._is_reading = True
+        try:
+            self._pipeline.executor.submit_nowait(self._read, priority=self._priority)
+        except SpeechRNTError:  # the executor takes nothing at the moment, or any more
+            self._read()
+
+    def _read(self) -> None:
+        """Look at the next stretch of audio."""
+        try:
+            if self._source is not None:
+                started = time.perf_counter()
+                self._load()
+                self._ingest_s += time.perf_counter() - started
+            has_more = self._cut_slice()
+        except Exception as error:
+            has_more = False
+            self._utterance.cancel()
+            self._fail(error)
+        with self._lock:
+            self._is_reading = False
+            self._has_more = has_more
+            is_over = self._is_over
+        if is_over:
+            self._release()
+        elif not has_more:
+            self._utterance.finish()
+        elif self._utterance.has_room:
+            self.read()
+
+    def _load(self) -> None:
+        """Bring the audio to 16 kHz mono."""
+        source, self._source = self._source, None
+        assert source is not None
+        audio = load_audio(source)
+        samples = audio.samples
+        if isinstance(source, np.ndarray) and np.may_share_memory(samples, source):
+            # The caller may change the array at once.
+            self._buffer = self._pipeline.buffers.acquire(max(len(samples), 1))
+            samples = self._buffer.array[: len(samples)]
+            samples[:] = audio.samples
+        self._samples = samples
+        self._ends = [*(at for at in self._flushes if at < len(samples)), len(samples)]
+        self.duration = audio.duration
+        self._warnings = (*self._plan.warnings, *audio.warnings)
+
+    def _cut_slice(self) -> bool:
+        """Add the windows of the next stretch; return whether anything follows it."""
+        samples = self._samples
+        if samples is None:
+            return False
+        if self._cutter is None:
+            self._cutter = Cutter(self._plan.segmentation, self._plan.options.vad)
+        cutter = self._cutter
+        started = time.perf_counter()
+        for _ in range(_SLICE_BLOCKS):
+            start, end = cutter.position, self._ends[0]
+            past = min(start + _BLOCK_SAMPLES, end - (end - start) % FRAME_SAMPLES)
+            events = cutter.push(samples[start:past]) if past > start else []
+            if end - past < FRAME_SAMPLES:
+                events += cutter.flush(samples[past:end])
+                self._ends.pop(0)
+            for event in events:
+                if isinstance(event, WindowCut):
+                    self._ingest_s += time.perf_counter() - started
+                    self._utterance.add(event, samples[event.start : event.end])
+                    started = time.perf_counter()
+            if not self._ends or (events and not self._utterance.has_room):
+                break
+        self._ingest_s += time.perf_counter() - started
+        return bool(self._ends)
+
+    def _take(self, final: Final) -> None:
+        self._finals.append(final)
+
+    def _finish(self) -> None:
+        """Make the result."""
+        started = time.perf_counter()
+        finals = self._finals
+        language, probability = self._main_language()
+        self.timings = replace(
+            self._utterance.timings,
+            ingest=self._ingest_s,
+            delivery=started - (self._utterance.text_at or started),
+            total=started - self._started,
+        )
+        transcription = Transcription(
+            text=join_texts(finals),
+            segments=tuple(final.segment for final in finals if final.segment is not None),
+            language=language,
+            language_probability=probability,
+            duration=self.duration,
+            timings=self.timings,
+            warnings=self._warnings,
+        )
+        if self._end("completed") and self.future.set_running_or_notify_cancel():
+            self.future.set_result(transcription)
+
+    def _main_language(self) -> tuple[str, float]:
+        """Return the language of the most audio, and its probability where that is most certain."""
+        lengths: Counter[str] = Counter()
+        probabilities: dict[str, float] = {}
+        for final in self._finals:
+            lengths[final.language] += final.cut.end - final.cut.start
+            known = probabilities.get(final.language, 0.0)
+            probabilities[final.language] = max(known, final.language_probability)
+        if not lengths:
+            return self._plan.language or "", float(self._plan.language is not None)
+        [(language, _)] = lengths.most_common(1)
+        return language, probabilities[language]
+
+    def _fail(self, error: Exception) -> None:
+        if self._end("failed") and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+    def _note_cancelled(self, future: Future[Transcription]) -> None:
+        if future.cancelled():
+            self._utterance.cancel()
+            self._end("cancelled")
+
+    def _end(self, outcome: Literal["completed", "failed", "cancelled"]) -> bool:
+        """Note that all is over and let go of what is held; False if that is so already."""
+        with self._lock:
+            if self._is_over:
+                return False
+            self._is_over = True
+            self.outcome = outcome
+            is_reading = self._is_reading
+        if not is_reading:
+            self._release()
+        return True
+
+    def _release(self) -> None:
+        self._samples = None
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            buffer.release()
+        self._on_over(self)

@@ -1,0 +1,519 @@
+"""The engine: many requests on one model, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from numbers import Real
+from os import PathLike
+from types import TracebackType
+from typing import Any
+
+from typing_extensions import Self
+
+from . import inference_memory, sizing
+from ._sched import Priority, Scheduler
+from ._sched_types import SchedulerStatistics
+from .audio import AudioInput
+from .batch_sizes import BatchSizes, Costs
+from .batching import Dispatcher, DispatcherStatistics, Executor
+from .config import HardwareProfile, OptimizationConfig, detect_hardware, recommend
+from .errors import ModelError, OptionError, Overloaded, PoolExhausted
+from .latency import STAGES, Histogram, HistogramSnapshot
+from .maintenance import Maintenance, maintain_on
+from .models import DEFAULT_MODEL, Model, load_model, resolve_device
+from .oneshot import Request, Transcription
+from .pools import AudioBufferPool, PoolLimits, PoolStatistics, TranscriptionResultPool
+from .system import usable_cores, usable_memory
+from .utterance import Plan, UtteranceOptions, UtterancePipeline, UtteranceStatistics
+from .vad import VoiceActivityDetector
+
+__all__ = ["EngineStatistics", "OptimizedSTTFactory", "PerformanceOptimizedSTT"]
+
+logger = logging.getLogger("speechrnt")
+
+# A window's model job is bounded; this many of them keep the model busy from one utterance alone.
+_BATCHES_IN_FLIGHT = 2
+_PLANS_CACHED = 256
+
+_engines: weakref.WeakSet[PerformanceOptimizedSTT] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for engine in list(_engines):
+        engine.close()
+
+
+atexit.register(_close_all)
+
+
+class _Inline:
+    """Runs what it is given at once, in the thread that gives it."""
+
+    def submit_nowait(
+        self,
+        fn: Callable[..., object],
+        /,
+        *args: Any,
+        priority: Priority,  # noqa: ARG002 - nothing waits
+    ) -> None:
+        try:
+            fn(*args)
+        except Exception:
+            logger.exception("a task failed")
+
+
+@dataclass(frozen=True)
+class EngineStatistics:
+    """Counts since the engine was made; each part is consistent in itself.
+
+    Attributes
+    ----------
+    requests : Mapping of str to int
+        One-shot requests: ``"accepted"``, and of those ``"completed"``, ``"failed"`` and
+        ``"cancelled"``; ``"rejected"`` because too many were waiting.
+    live : int
+        Requests that wait or run.
+    audio_s : float
+        Seconds of audio in completed requests.
+    stages : Mapping of str to HistogramSnapshot
+        Of completed requests; see `StageTimings`.
+    utterances, dispatcher, scheduler
+        Windows, the model, and the work around it; no scheduler if there is none.
+    audio_buffers, results
+        The pools.
+    """
+
+    requests: Mapping[str, int]
+    live: int
+    audio_s: float
+    stages: Mapping[str, HistogramSnapshot]
+    utterances: UtteranceStatistics
+    dispatcher: DispatcherStatistics
+    scheduler: SchedulerStatistics | None
+    audio_buffers: PoolStatistics
+    results: PoolStatistics
+
+
+class PerformanceOptimizedSTT:
+    """An engine: one model, and all that serves many requests on it at the same time.
+
+    All methods may be called from any thread. The engine belongs to its process: in a forked child
+    it raises `ModelError`. An engine that is not closed is when the interpreter exits, after the
+    requests that are under way.
+
+    Parameters
+    ----------
+    config
+        Sizes and switches; by default what suits most machines. `OptimizedSTTFactory` fits them to
+        this one.
+    model
+        See `load_model`.
+    device, compute_type, device_index, **load_options
+        See `load_model`. How many calls run at the same time, and with how many threads, is
+        for `config` to say.
+
+    Raises
+    ------
+    ModelError, OptionError
+        See `load_model`.
+
+    Examples
+    --------
+    >>> with PerformanceOptimizedSTT() as stt:
+    ...     future = stt.transcribe_async("recording.wav", "en")
+    ...     print(future.result().text)
+    """
+
+    def __init__(
+        self,
+        config: OptimizationConfig | None = None,
+        model: str | PathLike[str] = DEFAULT_MODEL,
+        *,
+        device: str = "auto",
+        compute_type: str = "default",
+        device_index: int = 0,
+        **load_options: Any,
+    ) -> None:
+        if config is None:
+            config = OptimizationConfig()
+        if not isinstance(config, OptimizationConfig):
+            raise OptionError(f"config: must be an OptimizationConfig, not {config!r}")
+        for option in ("num_workers", "cpu_threads"):
+            if option in load_options:
+                raise OptionError(
+                    f"{option}: give the config's model_workers and cpu_threads instead"
+                )
+        self.config = config
+        device = resolve_device(device)
+        cores = usable_cores()
+        workers, threads = config.model_threads(device, cores)
+        if device == "cpu" and not config.retain_inference_memory:
+            inference_memory.configure("off")
+        self.model: Model = load_model(
+            model,
+            device,
+            compute_type,
+            device_index=device_index,
+            num_workers=workers,
+            cpu_threads=threads,
+            **load_options,
+        )
+        self._process = os.getpid()
+        self._changed = threading.Condition()
+        # Guarded by _changed.
+        self._live: set[Request] = set()
+        self._n_live = 0  # with those that are being made
+        self._counts: Counter[str] = Counter()
+        self._audio_s = 0.0
+        self._is_closed = False
+
+        self._stages = {stage: Histogram() for stage in STAGES}
+        self._buffers = AudioBufferPool(
+            PoolLimits(max_size=config.audio_buffer_pool_size, overflow="allocate")
+        )
+        self._results = TranscriptionResultPool(
+            PoolLimits(max_size=config.result_records, overflow="allocate")
+        )
+        self._scheduler: Scheduler | None = None
+        self._maintenance: Maintenance | None = None
+        executor: Executor = _Inline()
+        if config.enable_async_processing:
+            executor = self._scheduler = Scheduler(
+                config.thread_pool_size or cores, stealing=config.enable_work_stealing
+            )
+            self._maintenance = maintain_on(
+                self._scheduler,
+                [self._buffers, self._results, inference_memory],
+                config.cleanup_interval_s,
+            )
+        windows_in_flight = _BATCHES_IN_FLIGHT * config.max_batch_size
+        self._sizes = BatchSizes(config.max_batch_size, self._fitting_batch, device)
+        self._dispatcher = Dispatcher(
+            self.model,
+            workers,
+            self._sizes,
+            self._buffers,
+            executor,
+            max_queued=windows_in_flight
+            * (config.max_queued_requests + config.max_concurrent_utterances),
+        )
+        self._pipeline = UtterancePipeline(
+            self.model,
+            self._dispatcher,
+            executor,
+            self._scheduler,
+            self._buffers,
+            windows_in_flight,
+        )
+        self._plan = lru_cache(_PLANS_CACHED)(self._pipeline.plan)
+        _engines.add(self)
+
+    def transcribe_async(
+        self,
+        audio: AudioInput,
+        language: str | None = None,
+        *,
+        priority: Priority = Priority.NORMAL,
+        deadline: float | None = None,
+        client: Hashable | None = None,
+        **options: Any,
+    ) -> Future[Transcription]:
+        """Transcribe a recording of any length.
+
+        Parameters
+        ----------
+        audio
+            See `load_audio`. Files are read later, arrays and bytes before this returns.
+        language
+            Code such as ``"en"``; None detects it.
+        priority
+            Before or after what else is waiting.
+        deadline
+            Seconds within which the model must have come to each part; later is an error.
+        client
+            On whose behalf: clients share the model evenly, however much each one asks for.
+            Requests without one are clients of their own.
+        **options
+            See `UtteranceOptions`.
+
+        Returns
+        -------
+        Future of Transcription
+            Its callbacks run on a worker and must not block. Cancelling it takes back what the
+            model has not begun with. It fails with `AudioError` for files that cannot be read,
+            `DeadlineExceeded`, or `ModelError`.
+
+        Raises
+        ------
+        AudioError
+            If what was given is no audio.
+        OptionError
+            If an option is unknown or out of range.
+        Overloaded
+            If as many requests are under way as may; it says when to try again.
+        ModelError
+            If the engine is closed, or belongs to the parent process.
+        """
+        self._check_process()
+        plan = self._checked_plan(language, options)
+        priority = self._checked_priority(priority)
+        if deadline is not None:
+            deadline = time.monotonic() + _checked_seconds("deadline", deadline)
+        try:
+            hash(client)
+        except TypeError as error:
+            raise OptionError(f"client: must be hashable, which {client!r} is not") from error
+        with self._changed:
+            self._check_open()
+            if self._n_live >= self.config.max_queued_requests:
+                self._counts["rejected"] += 1
+                raise Overloaded(
+                    f"{self._n_live} requests are under way, the most allowed",
+                    self._dispatcher.retry_after_s(),
+                )
+            self._n_live += 1
+        try:
+            request = Request(
+                self._pipeline,
+                plan,
+                audio,
+                on_over=self._note_over,
+                priority=priority,
+                deadline=deadline,
+                client=client,
+            )
+        except BaseException:
+            with self._changed:
+                self._n_live -= 1
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            self._live.add(request)
+            self._counts["accepted"] += 1
+        request.read()
+        return request.future
+
+    async def transcribe(
+        self, audio: AudioInput, language: str | None = None, **options: Any
+    ) -> Transcription:
+        """Transcribe a recording of any length, from a coroutine.
+
+        Parameters, results and errors are those of `transcribe_async`. Cancelling the coroutine
+        cancels the request.
+        """
+        return await asyncio.wrap_future(self.transcribe_async(audio, language, **options))
+
+    def warm_up(self) -> None:
+        """Measure which batch sizes pay, and touch what the first request would wait for.
+
+        Takes a few seconds with small models, and as long as a dozen calls with others. Without it
+        the engine assumes what holds on most machines. Requests may come meanwhile, but disturb
+        what is measured.
+
+        Raises
+        ------
+        ModelError
+            If the engine is closed, or belongs to the parent process.
+        """
+        self._check_process()
+        with self._changed:
+            self._check_open()
+        plan = self._checked_plan(None, {})
+        for frames in plan.contexts:
+            self._dispatcher.measure(frames, plan.search)
+        VoiceActivityDetector()
+
+    def statistics(self) -> EngineStatistics:
+        """Return what was counted so far."""
+        with self._changed:
+            counts = {name: self._counts[name] for name in _COUNTS}
+            live, audio_s = self._n_live, self._audio_s
+        return EngineStatistics(
+            requests=counts,
+            live=live,
+            audio_s=audio_s,
+            stages={stage: histogram.snapshot() for stage, histogram in self._stages.items()},
+            utterances=self._pipeline.statistics(),
+            dispatcher=self._dispatcher.statistics(),
+            scheduler=None if self._scheduler is None else self._scheduler.statistics(),
+            audio_buffers=self._buffers.statistics(),
+            results=self._results.statistics(),
+        )
+
+    @property
+    def costs(self) -> Mapping[int, Costs]:
+        """What `warm_up` measured, by mel frames of context."""
+        return self._sizes.costs
+
+    def close(self, cancel: bool = False) -> None:
+        """Accept nothing more, wait for what is under way, and end all threads.
+
+        May be called again, and by several threads. In a forked child it does nothing.
+
+        Parameters
+        ----------
+        cancel
+            Cancel what is under way; calls of the model that have begun are waited for.
+
+        Raises
+        ------
+        RuntimeError
+            The caller is a callback of a future, which the engine would wait for. Nothing changed.
+        """
+        if os.getpid() != self._process:
+            return
+        if self._is_own_thread():
+            raise RuntimeError("a callback cannot close the engine, which waits for it to end")
+        with self._changed:
+            self._is_closed = True
+            live = list(self._live)
+        if cancel:
+            for request in live:
+                request.future.cancel()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._n_live)
+        self._dispatcher.close()
+        if self._maintenance is not None:
+            self._maintenance.close()
+        if self._scheduler is not None:
+            self._scheduler.shutdown()
+        self._buffers.close()
+        self._results.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Whoever leaves by an exception does not wait for results.
+        self.close(cancel=exc_type is not None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.close, exc_type is not None)
+
+    def _is_own_thread(self) -> bool:
+        return self._dispatcher.is_worker() or (
+            self._scheduler is not None and self._scheduler.is_worker()
+        )
+
+    def _fitting_batch(self, frames: int) -> int:
+        """Return how many windows of a context the memory holds while all workers decode."""
+        whisper, wanted = self.model.whisper, self.config.max_batch_size
+        if self.model.shape is None:
+            return wanted
+        if whisper.device == "cuda":
+            return wanted  # see `load_model`
+        try:
+            return sizing.fit(
+                self.model.shape,
+                usable_memory() // 2,
+                [whisper.compute_type],
+                device=whisper.device,
+                batch=wanted,
+                num_workers=whisper.num_workers,
+                audio_positions=(frames + 1) // 2,
+            ).decode_batch
+        except PoolExhausted:
+            return 1
+
+    def _check_process(self) -> None:
+        # Before any lock, which another thread may have held at the fork.
+        if os.getpid() != self._process:
+            raise ModelError(
+                f"{self.model.name}: this engine belongs to the parent process and does not work "
+                "in a forked child; start processes with the 'spawn' method, an engine in each"
+            )
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ModelError(f"{self.model.name}: the engine is closed")
+
+    def _checked_plan(self, language: str | None, options: Mapping[str, Any]) -> Plan:
+        unknown = options.keys() - _OPTIONS
+        if unknown:
+            raise OptionError(
+                f"{', '.join(sorted(unknown))}: no such option; there are "
+                f"{', '.join(sorted(_OPTIONS))}"
+            )
+        return self._plan(UtteranceOptions(language=language, **options))
+
+    def _checked_priority(self, priority: Priority) -> Priority:
+        try:
+            priority = Priority(priority)
+        except ValueError:
+            raise OptionError(f"priority: must be a Priority, not {priority!r}") from None
+        return priority if self.config.enable_priority_scheduling else Priority.NORMAL
+
+    def _note_over(self, request: Request) -> None:
+        """Count a request that holds nothing any more, before its future tells."""
+        if request.outcome == "completed":
+            for stage, histogram in self._stages.items():
+                histogram.add(getattr(request.timings, stage))
+        with self._changed:
+            self._live.discard(request)
+            self._n_live -= 1
+            self._counts[request.outcome] += 1
+            if request.outcome == "completed":
+                self._audio_s += request.duration
+            self._changed.notify_all()
+
+
+_COUNTS = ("accepted", "completed", "failed", "cancelled", "rejected")
+_OPTIONS = frozenset(field.name for field in fields(UtteranceOptions)) - {"language"}
+
+
+def _checked_seconds(name: str, value: object) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < float("inf"):
+        return float(value)
+    raise OptionError(f"{name}: must be a positive number of seconds, not {value!r}")
+
+
+class OptimizedSTTFactory:
+    """Makes engines that suit the machine."""
+
+    @staticmethod
+    def detect_hardware() -> HardwareProfile:
+        """Return what this process can use of the machine."""
+        return detect_hardware()
+
+    @staticmethod
+    def recommended_config(hardware: HardwareProfile | None = None) -> OptimizationConfig:
+        """Return the configuration for some hardware, by default for this machine's."""
+        return recommend(detect_hardware() if hardware is None else hardware)
+
+    @staticmethod
+    def create_optimized(
+        config: OptimizationConfig | None = None,
+        model: str | PathLike[str] = DEFAULT_MODEL,
+        **options: Any,
+    ) -> PerformanceOptimizedSTT:
+        """Make an engine, configured for this machine unless a configuration is given.
+
+        Parameters and errors are those of `PerformanceOptimizedSTT`.
+        """
+        if config is None:
+            config = OptimizedSTTFactory.recommended_config()
+        return PerformanceOptimizedSTT(config, model, **options)
