@@ -33,7 +33,7 @@ tsan: ## run the tests of the scheduler under the thread sanitizer
 asan: ## run the tests of the scheduler under the address sanitizer
 tsan asan: $(VENV)/.test
 	SPEECHRNT_BUILD=$@ $(BIN)/python setup.py -q build --build-base build/$@ --build-lib build/$@/lib
-	$(SANITIZED) $(BIN)/python -m pytest tests/test_sched.py
+	$(SANITIZED) $(BIN)/python -m pytest tests/test_sched.py tests/test_future.py
 
 lint: $(VENV)/.test ## check style, types and stubs
 	$(BIN)/ruff check

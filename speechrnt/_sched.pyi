@@ -43,6 +43,14 @@ class Scheduler(Executor):
         deadline: float | None = None,
         **kwargs: Any,
     ) -> None: ...
+    def submit_many(
+        self,
+        fn: Callable[..., _T],
+        arguments: Iterable[Iterable[Any]],
+        /,
+        *,
+        priority: Priority = ...,
+    ) -> list[Future[_T]]: ...
     def map(
         self,
         fn: Callable[..., _T],

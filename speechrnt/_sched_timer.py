@@ -129,9 +129,9 @@ def next_size(size: int, minimum: int, maximum: int, busy_ticks: int, idle_ticks
     size, minimum, maximum : int
         Workers now, at least and at most.
     busy_ticks : int
-        Ticks in a row at which tasks waited and no worker slept.
+        Ticks in a row at which tasks waited and no worker slept, those reserved apart.
     idle_ticks : int
-        Ticks in a row at which no task waited and some worker slept.
+        Ticks in a row at which no task waited and some worker slept, those reserved apart.
     """
     if busy_ticks >= GROW_AFTER:
         return min(size + 1, maximum)
@@ -150,12 +150,15 @@ class Watch:
         ``resize(n)``.
     workers : int
         Workers to watch, from 0.
+    reserved : int
+        How many of the workers at the end, and of the size, serve only urgent tasks.
     minimum, maximum : int
         Bounds of the size.
     """
 
-    def __init__(self, core: Any, workers: int, minimum: int, maximum: int) -> None:
+    def __init__(self, core: Any, workers: int, reserved: int, minimum: int, maximum: int) -> None:
         self._core = core
+        self._reserved = reserved
         self._minimum = minimum
         self._maximum = maximum
         self._executed = [-1] * workers
@@ -166,17 +169,15 @@ class Watch:
     def tick(self) -> None:
         """Look at the workers once."""
         now = time.monotonic()
-        parked = 0
         for index in range(len(self._executed)):
             executed = self._core.executed(index)
             is_parked = self._core.is_parked(index)
-            parked += is_parked
             if is_parked or executed != self._executed[index]:
                 self._since[index] = now
                 self._executed[index] = executed
         if self._minimum < self._maximum:
-            # Those beyond the size sleep too.
-            asleep = parked > len(self._executed) - self._core.size
+            # Those beyond the size sleep as well, and those reserved may be all that do.
+            asleep = any(map(self._core.is_parked, range(self._core.size - self._reserved)))
             waiting = self._core.queued() > 0
             self._busy_ticks = self._busy_ticks + 1 if waiting and not asleep else 0
             self._idle_ticks = self._idle_ticks + 1 if asleep and not waiting else 0

@@ -49,7 +49,7 @@ def scheduler():
 class Blocker:
     """Occupies the workers of a scheduler until released."""
 
-    def __init__(self, scheduler, workers=1):
+    def __init__(self, scheduler, workers=1, priority=Priority.CRITICAL):
         self._release = threading.Event()
         started = threading.Semaphore(0)
 
@@ -57,7 +57,7 @@ class Blocker:
             started.release()
             self._release.wait()
 
-        self.futures = [scheduler.submit(block, priority=Priority.CRITICAL) for _ in range(workers)]
+        self.futures = [scheduler.submit(block, priority=priority) for _ in range(workers)]
         for _ in range(workers):
             started.acquire()
 
@@ -223,11 +223,23 @@ class TestNative:
             batch = native.Batch(scheduler, 30)
             with Blocker(scheduler):
                 assert batch.submit() == 10
-                assert scheduler.statistics().rejected == 20
+                statistics = scheduler.statistics()
+                assert (statistics.rejected, statistics.queued[Priority.NORMAL]) == (20, 10)
+                with pytest.raises(Overloaded, match="no room for 1 more: 10 tasks are waiting"):
+                    scheduler.submit(int)
                 assert not scheduler.health().ok
             batch.wait()
             assert batch.runs == 10
             assert batch.submit(10, 15) == 5
+
+    def test_bound_of_what_waits(self, native):
+        # The queues take max_queued, the ring of the only worker its capacity.
+        with Scheduler(workers=1, max_queued=10) as scheduler:
+            batch = native.Batch(scheduler, 2 * native.CAPACITY + 20)
+            batch.spawn_all()  # until it is refused
+            assert batch.runs == native.CAPACITY + 10
+            assert scheduler.statistics().rejected == 1
+            assert batch.submit(1, 5) == 4
 
     def test_shutdown_cancels(self, native):
         scheduler = Scheduler(workers=1)
@@ -396,6 +408,37 @@ class TestPython:
             list(scheduler.map(divmod, [1, 2], [1, 0]))
         with Blocker(scheduler, workers=2), pytest.raises(futures.TimeoutError):
             next(scheduler.map(abs, [1], timeout=0.01))
+
+    def test_submit_many(self, scheduler):
+        tasks = scheduler.submit_many(divmod, zip(range(1000), [7] * 1000, strict=True))
+        assert [task.result() for task in tasks] == [divmod(i, 7) for i in range(1000)]
+        assert scheduler.submit_many(int, [], priority=Priority.LOW) == []
+        (task,) = scheduler.submit_many(int, ["x"])
+        assert isinstance(task.exception(), ValueError)
+        for priority in (4, "LOW", None):
+            with pytest.raises(OptionError, match="priority must be"):
+                scheduler.submit_many(int, [()], priority=priority)
+        for arguments in (3, [3]):
+            with pytest.raises(TypeError, match="not iterable"):
+                scheduler.submit_many(int, arguments)
+        with pytest.raises(TypeError, match="must be callable"):
+            scheduler.submit_many(3, [])
+
+    def test_submit_many_or_none(self):
+        with Scheduler(workers=1, max_queued=10) as scheduler:
+            with Blocker(scheduler):
+                order = []
+                first = scheduler.submit_many(order.append, [[i] for i in range(6)])
+                with pytest.raises(Overloaded, match="no room for 5 more: 6 tasks .* of 10"):
+                    scheduler.submit_many(order.append, [["refused"]] * 5)
+                last = scheduler.submit_many(order.append, [[i] for i in range(6, 10)])
+            futures.wait(first + last)
+            assert order == list(range(10))
+        with pytest.raises(SchedulerClosed):
+            scheduler.submit_many(int, [()])
+
+    def test_priority_by_number(self, scheduler):
+        assert scheduler.submit(int, priority=3).result() == 0
 
     def test_results_are_not_kept(self, scheduler):
         class Big:
@@ -711,7 +754,7 @@ class TestReports:
                 self.size = size
 
         core = Core()
-        watch = Watch(core, 3, 1, 3)
+        watch = Watch(core, 3, 0, 1, 3)
         core.waiting, core.parked = 5, (False, False, True)
         for _ in range(GROW_AFTER):
             watch.tick()
@@ -720,6 +763,14 @@ class TestReports:
         for _ in range(SHRINK_AFTER):
             watch.tick()
         assert core.size == 2
+
+    def test_reserved_workers_that_sleep_do_not_hinder_growth(self):
+        with (
+            Scheduler(workers=2, reserved=1, max_workers=4) as scheduler,
+            Blocker(scheduler, priority=Priority.NORMAL),
+        ):
+            assert scheduler.submit(pow, 2, 3).result() == 8
+            assert scheduler.statistics().size > 2
 
     def test_size_grows_with_blocked_workers(self):
         with Scheduler(workers=1, max_workers=3) as scheduler, Blocker(scheduler):
