@@ -116,8 +116,3 @@ cdef class Tasks:
             sched_drain(self.parent.sched, -1)
         n = <double>self.parent.n_children
         return (submitted - started) / n, (now_ns() - started) / n
-
-
-def set_stealing(scheduler, bint stealing):
-    """Turn stealing on or off; no task may be queued."""
-    sched_of(scheduler).stealing = stealing
