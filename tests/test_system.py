@@ -206,3 +206,42 @@ def test_a_driver_without_use_is_said(monkeypatch, code, version, sentence):
     driver = types.SimpleNamespace(cuInit=lambda flags: code, cuDriverGetVersion=get_version)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     assert system.why_no_gpu() == sentence
+
+
+class TestUsableMemory:
+    """What the default limit is half of."""
+
+    @pytest.fixture
+    def limited(self, tmp_path, monkeypatch):
+        """A function that puts this process in a control group, and limits into files."""
+
+        def limit(membership, **limits):
+            (tmp_path / "cgroup").write_text(membership)
+            for directory, limit in limits.items():
+                file = tmp_path / "fs" / directory.replace("_", "/")
+                file.mkdir(parents=True, exist_ok=True)
+                (file / "memory.max").write_text(limit)
+                (file / "memory.limit_in_bytes").write_text(limit)
+
+        monkeypatch.setattr(system, "_CGROUP_MEMBERSHIPS", tmp_path / "cgroup")
+        monkeypatch.setattr(system, "_CGROUP_ROOT", tmp_path / "fs")
+        return limit
+
+    def physical(self):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def test_without_a_container_the_machine_counts(self, limited):
+        assert system.usable_memory() == self.physical()
+
+    def test_the_strictest_group_of_cgroup_v2_counts(self, limited):
+        limited("0::/a/b\n", a="1000000\n", a_b="max\n")
+        assert system.usable_memory() == 1000000
+
+    def test_a_group_of_cgroup_v1_counts(self, limited):
+        limited("4:cpu:/x\n3:memory:/a\n", memory_a="2000000\n", cpu_x="1\n")
+        assert system.usable_memory() == 2000000
+
+    @pytest.mark.parametrize("limit", ["max\n", "9223372036854771712\n", "nonsense"])
+    def test_a_group_without_a_limit_does_not_count(self, limited, limit):
+        limited("0::/a\n", a=limit)
+        assert system.usable_memory() == self.physical()
