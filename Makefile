@@ -13,6 +13,7 @@ REPAIR := $(if $(filter Darwin,$(shell uname)),delocate-wheel,auditwheel repair)
 SANITIZED = SPEECHRNT_BUILD=$@ PYTHONSAFEPATH=1 PYTHONPATH=build/$@/lib \
 	LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so) ASAN_OPTIONS=detect_leaks=0 \
 	TSAN_OPTIONS=suppressions=tests/native/tsan.supp:die_after_fork=0 setarch -R
+POOL_TESTS := $(addprefix tests/test_,pools.py audio_pool.py result_pool.py maintenance.py span_pool.py)
 export SPEECHRNT_WERROR = 1
 
 .PHONY: help build demo test lint tsan asan bench wheel clean
@@ -29,11 +30,11 @@ demo: $(VENV)/.built ## transcribe the shipped recordings: text, timing, real-ti
 test: lint ## lint, then run the tests
 	$(BIN)/python -m pytest
 
-tsan: ## run the tests of the scheduler under the thread sanitizer
-asan: ## run the tests of the scheduler under the address sanitizer
+tsan: ## run the tests of scheduler and pools under the thread sanitizer
+asan: ## run the tests of scheduler and pools under the address sanitizer
 tsan asan: $(VENV)/.test
 	SPEECHRNT_BUILD=$@ $(BIN)/python setup.py -q build --build-base build/$@ --build-lib build/$@/lib
-	$(SANITIZED) $(BIN)/python -m pytest tests/test_sched.py tests/test_future.py
+	$(SANITIZED) $(BIN)/python -m pytest tests/test_sched.py tests/test_future.py $(POOL_TESTS)
 
 lint: $(VENV)/.test ## check style, types and stubs
 	$(BIN)/ruff check

@@ -8,18 +8,20 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import speechrnt
+
+PACKAGES = Path(speechrnt.__file__).parent.parent  # a sanitizer's build is elsewhere
 
 
 def run_python(code, *, path=(), **environment):
     """Run code in a process of its own; a failure shows what it printed."""
-    python_path = os.pathsep.join([str(ROOT), *map(str, path)])
+    python_path = os.pathsep.join([str(PACKAGES), *map(str, path)])
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": python_path, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
