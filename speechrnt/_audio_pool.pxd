@@ -55,8 +55,8 @@ cdef void *audio_pool_get(sr_audio_pool *pool, uint64_t handle) noexcept nogil
 # Have `count` buffers of `size` bytes idle and in memory, and leave them in clean-up from now on.
 cdef int audio_pool_reserve(sr_audio_pool *pool, size_t size, uint32_t count) noexcept nogil
 
-# Unmap what is idle: all that was not reserved, or, `now` being seconds that never decrease, what
-# demand of the last ten epochs does not explain, in two stages.
+# Give up what is idle: all that was not reserved, or, at `now`, in seconds of any steady clock,
+# what demand of the last ten epochs does not explain, in two stages.
 cdef void audio_pool_trim(sr_audio_pool *pool) noexcept nogil
 cdef void audio_pool_maintain(
     sr_audio_pool *pool, double now, double epoch, double purge_after, double free_after,

@@ -18,9 +18,8 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
-from speechrnt._pools cimport SR_EXHAUSTED, SR_INVALID, SR_OK, SR_STALE, raise_status
+from speechrnt._pools cimport SR_EXHAUSTED, SR_INVALID, SR_OK, SR_STALE, raise_status, seconds_of
 
-import time
 
 import numpy as np
 
@@ -32,10 +31,6 @@ __all__ = ["AudioBuffer", "AudioBufferPool"]
 AUDIO_LIMITS = PoolLimits(max_size=65536, max_bytes=2**30)
 UNLIMITED = 2**62
 cdef bytes MEMORY_CAPSULE = b"speechrnt.sr_memory"
-
-
-cdef extern from "Python.h":
-    Py_ssize_t Py_REFCNT(PyObject *o)
 
 
 cdef extern from "_block_pool.h" namespace "speechrnt_pools" nogil:
@@ -62,6 +57,7 @@ cdef extern from "_block_pool.h" namespace "speechrnt_pools" nogil:
         sr_audio_pool *pool, double now, double epoch, double purge_after, double unmap_after,
     )
     void block_statistics(sr_audio_pool *pool, sr_audio_statistics *result)
+    bint is_sole_reference(PyObject *object)
     uint32_t handle_index(uint64_t handle)
     void handle_fork()
 
@@ -313,9 +309,14 @@ cdef class AudioBufferPool:
         Parameters
         ----------
         now : float, optional
-            Seconds that never decrease; ``time.monotonic()`` if not given.
+            Seconds; ``time.monotonic()`` if not given. If it is less than the last, that counts.
+
+        Raises
+        ------
+        OptionError
+            `now` is no number, or negative, or not finite.
         """
-        cdef double c_now = time.monotonic() if now is None else now
+        cdef double c_now = seconds_of(now)
         cdef double epoch = self.limits.epoch_s
         cdef double purge_after = self.limits.purge_after_s
         cdef double free_after = self.limits.free_after_s
@@ -434,6 +435,7 @@ cdef class AudioBuffer:
         cdef Views *views = block_views(self.pool.pool, index)
         cdef size_t size = block_capacity(self.pool.pool, index)
         cdef Base base = None if views.array == NULL else <Base> views.base
+        cdef PyObject *last
         if (
             base is None
             or base.memory != self.memory
@@ -445,10 +447,14 @@ cdef class AudioBuffer:
             base.size = size
             base.itemsize = self.itemsize
             array = np.ndarray((size // self.itemsize,), self.dtype, base)
-            Py_XDECREF(views.array)
+            # Making it may have let another thread run, even one that released the buffer.
+            if self.pool is None:
+                raise_status(SR_STALE, None)
+            last = views.array
             Py_INCREF(array)
             views.array = <PyObject *> array
             views.base = <PyObject *> base  # borrowed: the array holds it
+            Py_XDECREF(last)
         return <object> views.array
 
     def release(self):
@@ -479,7 +485,7 @@ cdef class AudioBuffer:
         array = views.array
         # One reference each, to the array from here and to the base from the array, means that
         # nobody else has one, and that nobody can come by one.
-        if array == NULL or (Py_REFCNT(array) == 1 and Py_REFCNT(views.base) == 1):
+        if array == NULL or (is_sole_reference(array) and is_sole_reference(views.base)):
             block_release(pool.pool, self.handle, False)
             return True
         (<Base> views.base).pool = pool

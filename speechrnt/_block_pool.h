@@ -357,6 +357,7 @@ inline sr_status block_acquire(sr_audio_pool *pool, std::size_t size, std::uint6
             block.purged = false;
             uncount_idle(pool, block);
             count_lease(pool, block);
+            ++block.generation;
             ++pool->counts.acquired;
         } else {
             status = open_slot(pool, size_class, &doomed, &index);
@@ -366,7 +367,7 @@ inline sr_status block_acquire(sr_audio_pool *pool, std::size_t size, std::uint6
     if (status != SR_OK) {
         return status;
     }
-    Block &block = pool->blocks[index];  // leased, so this thread's own
+    Block &block = pool->blocks[index];  // leased: others only look at it, with the lock
     if (!hit) {
         block.memory = obtain(pool, block.capacity);
         const std::lock_guard<std::mutex> guard(pool->mutex);
@@ -375,10 +376,10 @@ inline sr_status block_acquire(sr_audio_pool *pool, std::size_t size, std::uint6
             vacate(pool, index);
             return SR_NO_MEMORY;
         }
+        ++block.generation;
         ++pool->counts.acquired;
         ++(block.overflow ? pool->counts.overflows : pool->counts.misses);
     }
-    ++block.generation;
     *handle = make_handle(block.generation, pool->tag, index);
     *memory = block.memory;
     return SR_OK;
@@ -434,6 +435,19 @@ inline sr_status block_release(sr_audio_pool *pool, std::uint64_t handle, bool k
 
 inline void block_return(sr_audio_pool *pool, std::uint32_t index) {
     recycle(pool, index, std::unique_lock<std::mutex>(pool->mutex));
+}
+
+/* Whether the caller's reference is the only one, so that nobody can come by another. Without the
+   GIL, that can be told only of objects of this thread, and of others not before Python 3.14. */
+inline bool is_sole_reference(PyObject *object) {
+#ifndef Py_GIL_DISABLED
+    return Py_REFCNT(object) == 1;
+#elif PY_VERSION_HEX >= 0x030E0000
+    return PyUnstable_Object_IsUniquelyReferenced(object);
+#else
+    (void)object;
+    return false;  // the array is dropped then, and the block is idle once that has happened
+#endif
 }
 
 /* The views of a block, for the one who leases it. */
@@ -580,12 +594,12 @@ inline bool block_is_closed(sr_audio_pool *pool) {
     return pool->closed;
 }
 
-/* What a background task does about once per epoch. `now` never decreases. */
+/* What a background task does about once per epoch. */
 inline void block_maintain(sr_audio_pool *pool, double now, double epoch, double purge_after,
                            double unmap_after) {
     std::unique_lock<std::mutex> lock(pool->mutex);
+    now = pool->clock = std::max(pool->clock, now);
     const bool new_epoch = now - pool->epoch_start >= epoch;
-    pool->clock = now;
     if (new_epoch) {
         pool->epoch_start = now;
     }
@@ -629,6 +643,15 @@ inline bool reserve_range(sr_audio_pool *pool) {
     return true;
 }
 
+inline bool is_tag_used(std::uint32_t tag) {
+    for (const sr_audio_pool *pool = first_pool; pool != nullptr; pool = pool->next_pool) {
+        if (pool->tag == tag) {
+            return true;
+        }
+    }
+    return false;
+}
+
 inline sr_status block_pool_new(const sr_audio_options &options, sr_audio_pool **result) {
     const sr_memory *memory = options.memory;
     if (options.hard == 0 || options.hard > kMaxBlocks ||
@@ -659,7 +682,15 @@ inline sr_status block_pool_new(const sr_audio_options &options, sr_audio_pool *
         return SR_NO_MEMORY;
     }
     const std::lock_guard<std::mutex> guard(pools_mutex);
-    pool->tag = ++last_tag & (kMaxTags - 1);
+    std::uint32_t tries = 0;
+    do {
+        last_tag = (last_tag + 1) % kMaxTags;
+    } while (is_tag_used(last_tag) && ++tries < kMaxTags);
+    if (tries == kMaxTags) {
+        pool->range.unmap_all();
+        return SR_EXHAUSTED;
+    }
+    pool->tag = last_tag;
     pool->next_pool = first_pool;
     *result = first_pool = pool.release();
     return SR_OK;

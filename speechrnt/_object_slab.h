@@ -107,6 +107,7 @@ struct sr_pool {
     std::uint64_t overflows = 0;
     std::uint64_t purges = 0;
     speechrnt_pools::Demand demand;
+    double clock = 0;  // as of the last maintenance
     double epoch_start = 0;
 };
 
@@ -539,17 +540,18 @@ inline void flush_magazines(sr_pool *pool) {
 inline void pool_trim(sr_pool *pool) {
     flush_magazines(pool);
     const std::lock_guard<std::mutex> guard(pool->mutex);
-    free_idle_chunks(pool, pool->initial, 0.0, 0.0);
+    free_idle_chunks(pool, pool->initial, pool->clock, pool->clock);
     for (Chunk &chunk : pool->chunks) {
         chunk.idle_since = -1.0;
     }
 }
 
 /* What a background task does about once per epoch: free what the recent demand does not need and
-   maintenance has seen idle for free_after seconds. `now` never decreases. */
+   maintenance has seen idle for free_after seconds. */
 inline void pool_maintain(sr_pool *pool, double now, double epoch, double free_after) {
     flush_magazines(pool);
     const std::lock_guard<std::mutex> guard(pool->mutex);
+    now = pool->clock = std::max(pool->clock, now);
     pool->demand.observe(pool->epoch_peak.load(std::memory_order_relaxed));
     if (now - pool->epoch_start >= epoch) {
         const std::uint32_t outside = pool->outside.load(std::memory_order_relaxed);

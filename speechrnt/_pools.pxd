@@ -54,7 +54,7 @@ cdef int object_pool_release(sr_pool *pool, uint64_t handle) noexcept nogil
 # The object of a live lease, or null.
 cdef void *object_pool_get(sr_pool *pool, uint64_t handle) noexcept nogil
 
-# Free what is idle: all beyond `initial`, or, `now` being seconds that never decrease, what demand
+# Free what is idle: all beyond `initial`, or, at `now`, in seconds of any steady clock, what demand
 # of the last ten epochs does not explain and has been seen idle for free_after seconds.
 cdef void object_pool_trim(sr_pool *pool) noexcept nogil
 cdef void object_pool_maintain(
@@ -65,3 +65,6 @@ cdef void object_pool_statistics(sr_pool *pool, sr_pool_statistics *statistics) 
 
 # Raise the Python exception of a status that is not SR_OK; `limit` names what is exhausted.
 cdef int raise_status(int status, object limit) except -1
+
+# The time that maintenance is told, or else, with None, that of the system.
+cdef double seconds_of(object now) except -1

@@ -17,6 +17,7 @@ The pool of fixed-size C objects, which the pools of records build on, is in _po
 
 cimport cython
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.math cimport INFINITY
 from libc.stdint cimport uint32_t, uint64_t
 
 import time
@@ -98,6 +99,20 @@ cdef int raise_status(int status, object limit) except -1:
     return 0
 
 
+cdef double seconds_of(object now) except -1:
+    """The time that maintenance is told, or else that of the system."""
+    cdef double seconds
+    if now is None:
+        return time.monotonic()
+    try:
+        seconds = now
+    except (TypeError, OverflowError):
+        seconds = -1
+    if not 0 <= seconds < INFINITY:
+        raise OptionError(f"now must be a number of seconds, 0 or more, not {now!r}")
+    return seconds
+
+
 @dataclass(frozen=True)
 class PoolLimits:
     """How large a pool may be, and how fast it shrinks.
@@ -153,8 +168,8 @@ class PoolLimits:
             raise OptionError(f"overflow must be 'raise' or 'allocate', not {self.overflow!r}")
         for name in ("epoch_s", "purge_after_s", "free_after_s"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise OptionError(f"{name} must be seconds, 0 or more, not {value!r}")
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1e9:
+                raise OptionError(f"{name} must be seconds, from 0 to 1e9, not {value!r}")
         if self.free_after_s < self.purge_after_s:
             raise OptionError(
                 f"free_after_s must be at least purge_after_s ({self.purge_after_s}), "
@@ -521,12 +536,18 @@ cdef class ObjectPool:
         Parameters
         ----------
         now : float, optional
-            Seconds that never decrease; ``time.monotonic()`` if not given.
+            Seconds; ``time.monotonic()`` if not given. If it is less than the last, that counts.
+
+        Raises
+        ------
+        OptionError
+            `now` is no number, or negative, or not finite.
         """
         cdef uint32_t keep
         cdef double epoch = self.limits.epoch_s
-        self.clock = time.monotonic() if now is None else now
+        cdef double c_now = seconds_of(now)
         with cython.critical_section(self):
+            self.clock = max(self.clock, c_now)
             if self.clock - self.epoch_start >= epoch:
                 self.demand.close_epoch(self.in_use)
                 self.epoch_start = self.clock

@@ -25,10 +25,10 @@ from speechrnt._pools cimport (
     object_pool_statistics,
     object_pool_trim,
     raise_status,
+    seconds_of,
     sr_pool_statistics,
 )
 
-import time
 from array import array
 from typing import NamedTuple
 
@@ -105,6 +105,11 @@ cdef inline bint assign(ResultArray *block, const void *data, size_t size) noexc
         memcpy(block.data, data, size)
     block.size = size
     return True
+
+
+cdef bytes contents(const ResultArray *block):
+    """A copy, to make Python objects of, while which another thread could release the record."""
+    return block.data[:block.size]
 
 
 cdef bint result_set_text(ResultRecord *record, const char *text, size_t size) noexcept nogil:
@@ -236,9 +241,14 @@ cdef class TranscriptionResultPool:
         Parameters
         ----------
         now : float, optional
-            Seconds that never decrease; ``time.monotonic()`` if not given.
+            Seconds; ``time.monotonic()`` if not given. If it is less than the last, that counts.
+
+        Raises
+        ------
+        OptionError
+            `now` is no number, or negative, or not finite.
         """
-        cdef double c_now = time.monotonic() if now is None else now
+        cdef double c_now = seconds_of(now)
         cdef double epoch = self.limits.epoch_s
         cdef double free_after = self.limits.free_after_s
         with nogil:
@@ -325,9 +335,9 @@ cdef class TranscriptionResult:
     @cython.critical_section
     def tokens(self):
         """Token ids, as a list; set from any iterable of integers."""
-        cdef ResultRecord *record = self.live()
-        cdef const int32_t *tokens = <const int32_t *> record.tokens.data
-        return [tokens[i] for i in range(record.tokens.size // sizeof(int32_t))]
+        cdef bytes copied = contents(&self.live().tokens)
+        cdef const int32_t *tokens = <const int32_t *> <const char *> copied
+        return [tokens[i] for i in range(len(copied) // sizeof(int32_t))]
 
     @tokens.setter
     def tokens(self, tokens):
@@ -340,10 +350,10 @@ cdef class TranscriptionResult:
     @cython.critical_section
     def segments(self):
         """The segments so far, as a list of `ResultSegment`."""
-        cdef ResultRecord *record = self.live()
-        cdef const SegmentRecord *segment = <const SegmentRecord *> record.segments.data
+        cdef bytes copied = contents(&self.live().segments)
+        cdef const SegmentRecord *segment = <const SegmentRecord *> <const char *> copied
         segments = []
-        for _ in range(record.segments.size // sizeof(SegmentRecord)):
+        for _ in range(len(copied) // sizeof(SegmentRecord)):
             segments.append(
                 ResultSegment(
                     segment.start,

@@ -125,10 +125,16 @@ def configure(mode: str = "pool", limit: int | None = None, device: str = "cpu")
         with _lock:
             _apply_to_gpu(gpu, mode, limit)
         return
-    if limit is not None and limit < _SMALLEST_LIMIT:
-        raise OptionError(f"inference memory: the limit must be at least 2 MiB, not {limit} bytes")
+    if limit is not None and not _is_int(limit, _SMALLEST_LIMIT, 2**63 - 1):
+        raise OptionError(
+            f"inference memory: the limit must be a number of bytes, at least 2 MiB, not {limit!r}"
+        )
     with _lock:
         _apply(mode, limit)
+
+
+def _is_int(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def prepare(device: str = "cpu") -> None:
@@ -277,13 +283,16 @@ def trim(idle_s: int = 0, device: str = "cpu") -> int:
     Raises
     ------
     OptionError
-        If the device is unknown, or `idle_s` is given for a GPU.
+        If the device is unknown, `idle_s` is not a whole number of seconds, 0 or more, or it is
+        given for a GPU.
     GpuUnavailable
         If there is no such GPU, or its memory cannot be steered.
     GpuError
         If the driver refused.
     """
     gpu = _gpu_number(device)
+    if not _is_int(idle_s, 0, 2**31 - 1):
+        raise OptionError(f"inference memory: idle_s must be whole seconds, not {idle_s!r}")
     if gpu is None:
         return _inference_memory.trim(idle_s)
     if idle_s:

@@ -253,6 +253,30 @@ class TestEveryPool:
         assert pool.statistics().idle == 0
 
     @every_pool
+    @pytest.mark.parametrize("now", [math.nan, math.inf, -1, "soon", 10**400])
+    def test_bad_time_of_maintenance_changes_nothing(self, make, now):
+        pool = make(soft_size=0)
+        pool.maintain(100.0)
+        pool.acquire().release()
+        with pytest.raises(OptionError, match="now must be a number of seconds"):
+            pool.maintain(now)
+        pool.maintain(105.0)
+        assert pool.statistics().idle > 0
+        pool.trim()
+        assert pool.statistics().idle == 0
+
+    @every_pool
+    def test_time_that_goes_back_stands_still(self, make):
+        pool = make(soft_size=0, free_after_s=10.0)
+        pool.maintain(100.0)
+        pool.acquire().release()
+        pool.maintain(50.0)
+        pool.maintain(109.0)
+        assert pool.statistics().idle > 0
+        pool.maintain(110.5)
+        assert pool.statistics().idle == 0
+
+    @every_pool
     def test_close_refuses_acquires_and_honours_leases(self, make):
         pool = make()
         assert not pool.closed
@@ -334,6 +358,7 @@ class TestLimits:
             ({"epoch_s": -1}, "epoch_s must be seconds"),
             ({"epoch_s": math.nan}, "epoch_s must be seconds"),
             ({"free_after_s": math.inf}, "free_after_s must be seconds"),
+            ({"free_after_s": 10**400}, "free_after_s must be seconds"),
             ({"free_after_s": "soon"}, "free_after_s must be seconds"),
             ({"purge_after_s": 20}, "free_after_s must be at least purge_after_s"),
         ],
@@ -612,6 +637,7 @@ class TestNativePool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="replaces functions of glibc")
+@pytest.mark.skipif("SPEECHRNT_BUILD" in os.environ, reason="as sanitizers do")
 class TestAllocations:
     """A warm acquire and release takes no memory from the system, over a million rounds."""
 
@@ -700,6 +726,31 @@ void *mmap64(void *at, size_t n, int prot, int flags, int fd, off_t offset) {
     return mmap(at, n, prot, flags, fd, offset);
 }
 """
+
+
+def test_the_interpreter_exits_with_leases_and_arrays_alive():
+    run_python(
+        """
+        import threading, time
+        from speechrnt.pools import AudioBufferPool, ObjectPool, TranscriptionResultPool
+        audio, results = AudioBufferPool(), TranscriptionResultPool()
+        objects = ObjectPool(bytearray, deleter=bytearray.clear)
+        leases = [audio.acquire(480_000), results.acquire(), objects.acquire()]
+        array = audio.acquire(100).array
+        cycle = [leases, array]
+        cycle.append(cycle)
+
+        def use():
+            while True:
+                audio.acquire(100).array[:] = 1
+                results.acquire().text = "text"
+                objects.acquire().release()
+
+        for _ in range(2):
+            threading.Thread(target=use, daemon=True).start()
+        time.sleep(0.1)
+        """
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
