@@ -108,4 +108,14 @@ class GpuError(SpeechRNTError, RuntimeError):
 
 
 class GpuOutOfMemory(PoolExhausted):
-    """A pool of GPU memory is at its limit, or the GPU has no more memory."""
+    """A pool of GPU memory is at its limit, or the GPU has no more memory.
+
+    Attributes
+    ----------
+    statistics : GpuMemoryStatistics or None
+        Of the pool, when the request failed.
+    """
+
+    def __init__(self, message: str, statistics: object = None):
+        super().__init__(message)
+        self.statistics = statistics

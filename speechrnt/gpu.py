@@ -1,19 +1,51 @@
-"""Memory on the GPU.
+"""Memory on the GPU: a pool of it, and memory of the host that the GPU copies fast.
 
-`available` tells whether there is any, and `why_unavailable` why not. Importing this module never
-fails; asking it for a class of the pool raises `GpuUnavailable` where there is no GPU.
+`available` tells whether there is a GPU to use, and `why_unavailable` why not. Importing this
+module never fails, and loads neither the driver nor cuda-bindings; asking it for what needs them
+raises `GpuUnavailable` where they cannot be used.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
+from typing import TYPE_CHECKING, Any
 
+from ._gpu_types import Defragmentation, GpuMemoryHealth, GpuMemoryStatistics
+from .errors import GpuUnavailable
 from .system import why_no_cuda
 
-__all__ = ["available", "why_unavailable"]
+if TYPE_CHECKING:
+    from ._gpu import GpuMemoryHandle, GpuMemoryPool, GpuStream
+    from ._gpu_driver import device_count, device_memory, device_name
+    from ._gpu_pinned import pinned_memory
 
+__all__ = [
+    "Defragmentation",
+    "GpuMemoryHandle",
+    "GpuMemoryHealth",
+    "GpuMemoryPool",
+    "GpuMemoryStatistics",
+    "GpuStream",
+    "available",
+    "device_count",
+    "device_memory",
+    "device_name",
+    "pinned_memory",
+    "why_unavailable",
+]
+
+_MODULES = {
+    "GpuMemoryHandle": "_gpu",
+    "GpuMemoryPool": "_gpu",
+    "GpuStream": "_gpu",
+    "device_count": "_gpu_driver",
+    "device_memory": "_gpu_driver",
+    "device_name": "_gpu_driver",
+    "pinned_memory": "_gpu_pinned",
+}
 _EXTRA = "pip install 'speechrnt[gpu]'"
 
 
@@ -47,3 +79,18 @@ def _is_supported(version: str) -> bool:
     """Whether a version of cuda-bindings is in the range of the extra ``gpu`` in pyproject.toml."""
     parts = tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])
     return (12, 9, 3) <= parts < (14,) and not (13, 0, 0) <= parts < (13, 0, 2)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    reason = why_unavailable()
+    if reason is not None:
+        raise GpuUnavailable(f"GPU memory cannot be used: {reason}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __package__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -4,6 +4,7 @@
 hence here and in a process of its own, or ``real``.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,10 +20,17 @@ if os.environ.get("SPEECHRNT_CUDA") == "double":
     _double = cuda_double.load()
 
 
+@pytest.fixture(autouse=True)
+def _fresh_double():
+    """With each test, the double has 8 GiB again, and what the last one left is collected."""
+    gc.collect()
+    if _double is not None:
+        _double.configure()
+
+
 @pytest.fixture
 def double():
-    """The double, with the memory of 8 GiB free and nothing held back or failing."""
+    """The test double of the driver."""
     if _double is None:
         pytest.skip("needs the test double of the driver")
-    _double.configure()
     return _double

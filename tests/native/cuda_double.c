@@ -160,6 +160,11 @@ struct device {
 };
 
 static struct device devices[MAX_DEVICES];
+
+/* A test may have made the device smaller than what is in use. */
+static size_t available_on(const struct device *device) {
+    return device->used < device->capacity ? device->capacity - device->used : 0;
+}
 static int device_count = 1;
 static __thread CUcontext stack[16];
 static __thread int depth;
@@ -282,7 +287,7 @@ static CUresult pool_take(CUmemoryPool pool, size_t size) {
         const size_t reserved = rounded(used, POOL_STEP);
         struct device *device = &devices[pool->device];
         if ((pool->max_size && reserved > rounded(pool->max_size, POOL_STEP)) ||
-            reserved - pool->reserved > device->capacity - device->used) {
+            reserved - pool->reserved > available_on(device)) {
             return CUDA_ERROR_OUT_OF_MEMORY;
         }
         device->used += reserved - pool->reserved;
@@ -623,7 +628,7 @@ static char *map(size_t size) {
 
 CUresult cuMemGetInfo(size_t *available, size_t *total) {
     ENTER_IN_CONTEXT();
-    *available = HERE->capacity - HERE->used;
+    *available = available_on(HERE);
     *total = HERE->capacity;
     return leave(CUDA_SUCCESS);
 }
@@ -632,7 +637,7 @@ CUresult cuMemAlloc(CUdeviceptr *pointer, size_t size) {
     ENTER_IN_CONTEXT();
     REQUIRE(size > 0, CUDA_ERROR_INVALID_VALUE);
     const size_t whole = rounded(size, 4096);
-    REQUIRE(whole <= HERE->capacity - HERE->used, CUDA_ERROR_OUT_OF_MEMORY);
+    REQUIRE(whole <= available_on(HERE), CUDA_ERROR_OUT_OF_MEMORY);
     char *address = map(whole);
     REQUIRE(address != NULL, CUDA_ERROR_OUT_OF_MEMORY);
     HERE->used += whole;
@@ -751,7 +756,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size,
     REQUIRE_DEVICE(prop->location.id);
     struct device *device = &devices[prop->location.id];
     REQUIRE(device->vmm, CUDA_ERROR_NOT_SUPPORTED);
-    REQUIRE(size <= device->capacity - device->used, CUDA_ERROR_OUT_OF_MEMORY);
+    REQUIRE(size <= available_on(device), CUDA_ERROR_OUT_OF_MEMORY);
     const int fd = memfd_create("device memory", MFD_CLOEXEC);
     REQUIRE(fd >= 0 && ftruncate(fd, size) == 0, CUDA_ERROR_OUT_OF_MEMORY);
     struct physical *physical = calloc(1, sizeof *physical);
@@ -1334,13 +1339,16 @@ EXPORT unsigned long double_live(const char *what) {
     return result;
 }
 
-/* Hold back what the stream is given to do, or let it go. Null is device 0's default stream. */
+/* Hold back what the stream is given to do, or let it go. Null is device 0's default stream; one
+   that was destroyed meanwhile does not matter. */
 EXPORT void double_hold(CUstream stream, int held) {
     pthread_mutex_lock(&mutex);
-    stream = stream != NULL ? stream : &devices[0].default_stream;
-    stream->held = held;
-    if (!held) {
-        run_all(stream);
+    if (is_stream(stream)) {
+        stream = stream != NULL ? stream : &devices[0].default_stream;
+        stream->held = held;
+        if (!held) {
+            run_all(stream);
+        }
     }
     pthread_mutex_unlock(&mutex);
 }

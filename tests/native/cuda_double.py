@@ -50,6 +50,10 @@ class Double:
     def configure(self, count=1, *, device=0, capacity=8 * GIB, vmm=True, pools=True):
         self.library.double_configure(count, device, ctypes.c_size_t(capacity), vmm, pools)
 
+    def leave(self, available):
+        """Let the device have so much memory that is not in use."""
+        self.configure(capacity=self.used() + available)
+
     @contextlib.contextmanager
     def failing(self, name=None, n=1, code=OUT_OF_MEMORY, times=1):
         """Within it, the n-th call fails and the following up to `times` in all."""
@@ -87,11 +91,12 @@ class Double:
     @contextlib.contextmanager
     def held(self, stream):
         """Within it, the stream does not get on with its work unless somebody waits for it."""
-        self.library.double_hold(ctypes.c_void_p(int(stream)), 1)
+        address = ctypes.c_void_p(int(stream))
+        self.library.double_hold(address, 1)
         try:
             yield
         finally:
-            self.library.double_hold(ctypes.c_void_p(int(stream)), 0)
+            self.library.double_hold(address, 0)
 
     def calls(self, name=None):
         return self.library.double_calls(None if name is None else name.encode())

@@ -1,0 +1,1 @@
+"""Nothing to cimport: _gpu_pool.pxd has the C interface of the pool of GPU memory."""

@@ -1,0 +1,1 @@
+"""Nothing to cimport: what `pinned_memory` returns is declared in _audio_pool.pxd."""

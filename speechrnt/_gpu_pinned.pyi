@@ -1,0 +1,3 @@
+__all__ = ["pinned_memory"]
+
+def pinned_memory(device: int = 0) -> object: ...
