@@ -6,6 +6,7 @@ from typing_extensions import Buffer, Self
 
 __all__ = [
     "IncrementalLogMel",
+    "cast",
     "frame_count",
     "isa",
     "log10_mel",
@@ -18,6 +19,7 @@ __all__ = [
 _Array: TypeAlias = Buffer | NDArray[Any]
 _Out = TypeVar("_Out", bound=_Array)
 
+def cast(values: _Array, out: _Out) -> _Out: ...
 def frame_count(n_samples: int) -> int: ...
 def isa() -> str: ...
 def mel_filters(n_mels: int = 80) -> NDArray[np.float32]: ...

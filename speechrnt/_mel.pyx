@@ -32,6 +32,7 @@ from speechrnt.errors import InvalidAudioError, OptionError
 
 __all__ = [
     "IncrementalLogMel",
+    "cast",
     "frame_count",
     "isa",
     "log10_mel",
@@ -512,6 +513,49 @@ def normalize(object log10_mel, object out=None, object maximum=None):
                     )
                 mel_normalize(
                     &source_rows, &rows, source.shape[0], source.shape[1], MEL_LOG10, largest
+                )
+        finally:
+            PyBuffer_Release(&target)
+    finally:
+        PyBuffer_Release(&source)
+    return out
+
+
+def cast(object values, object out):
+    """Copy values between float32 and float16, rounding to the nearest, half to even.
+
+    Runs without the GIL, from any number of threads at once. A zero loses its sign.
+
+    Parameters
+    ----------
+    values : buffer of float32 or float16, shape (rows, frames)
+        Copied first if its rows are not contiguous.
+    out : buffer of float32 or float16, same shape
+        As of `normalize`.
+
+    Returns
+    -------
+    out
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `normalize`.
+    """
+    if out is None:
+        raise TypeError("out must be a float32 or float16 array, not None")
+    cdef Py_buffer source, target
+    cdef MelRows source_rows, rows
+    if not acquire_rows(values, "values", &source, &source_rows):
+        PyBuffer_Release(&source)
+        acquire_rows(np.ascontiguousarray(values), "values", &source, &source_rows)
+    try:
+        acquire_out(out, source.shape[0], source.shape[1], &target, &rows)
+        try:
+            with nogil:
+                # Without a floor, and in the units in which they are, values stay what they are.
+                mel_normalize(
+                    &source_rows, &rows, source.shape[0], source.shape[1], MEL_WHISPER, -INFINITY
                 )
         finally:
             PyBuffer_Release(&target)

@@ -16,9 +16,9 @@ import ctranslate2
 import huggingface_hub
 from tqdm import tqdm
 
-from . import _mel, inference_memory
+from . import _mel, cublas, inference_memory
 from ._version import __version__
-from .errors import ModelError, OptionError, SpeechRNTError
+from .errors import SpeechRNTError
 from .formats import WRITERS
 from .hub import EMBEDDED_MODELS, HUB_MODELS
 from .models import DEFAULT_MODEL, DEVICES
@@ -180,7 +180,7 @@ def _transcribe(options: argparse.Namespace) -> int:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
         model = WhisperModel(options.model, options.device, compute_type=options.compute_type)
-    except (ModelError, OptionError, OSError) as error:
+    except (SpeechRNTError, OSError) as error:
         return _fail(str(error))
     if options.language not in (None, *model.supported_languages):
         return _fail(
@@ -275,6 +275,9 @@ def _info(_options: argparse.Namespace) -> int:
         "inference memory": inference_memory.status(),
         "gpu": no_gpu or f"{ctranslate2.get_cuda_device_count()} CUDA device(s)",
     }
+    if no_gpu is None:
+        facts["inference memory, cuda"] = inference_memory.status("cuda")
+    facts["cublas"] = cublas.status()
     for device in ("cpu",) if no_gpu else ("cpu", "cuda"):
         types = ctranslate2.get_supported_compute_types(device)
         facts[f"compute types, {device}"] = ", ".join(sorted(types))

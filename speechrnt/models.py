@@ -22,9 +22,17 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from . import inference_memory
+from . import cublas, inference_memory, mempool
 from .decoding import MAX_PROMPT_TOKENS
-from .errors import ModelError, ModelLoadError, ModelNotFoundError, OptionError
+from .errors import (
+    GpuError,
+    GpuUnavailable,
+    ModelError,
+    ModelLoadError,
+    ModelNotFoundError,
+    OptionError,
+    PoolExhausted,
+)
 from .hub import (
     EMBEDDED_MODELS,
     HUB_MODELS,
@@ -35,7 +43,7 @@ from .hub import (
     download_model,
     fetch_tokenizer,
 )
-from .sizing import ModelShape, read_shape
+from .sizing import ModelShape, fit, read_shape
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -336,10 +344,12 @@ def load_model(
         If an option is unknown, out of range, or not supported here.
     ModelError
         If this process was forked from one that had loaded a model.
+    GpuUnavailable
+        If CTranslate2 sees the GPU but cannot use it, as cuBLAS 12 is not installed.
 
     Notes
     -----
-    On the CPU, the first model puts CTranslate2's memory into a pool: see `inference_memory`.
+    The first model on a device has CTranslate2's memory there kept: see `inference_memory`.
     """
     if _is_orphan:
         # The OpenMP runtime in CTranslate2 waits for the threads it had in the parent.
@@ -354,6 +364,7 @@ def load_model(
     name = os.fsdecode(model)
     device = resolve_device(device)
     indices = _checked_device_index(device_index, device)
+    is_auto = compute_type == "auto"
     compute_type = resolve_compute_type(compute_type, device, indices[0])
     _check_count("cpu_threads", cpu_threads, 0)
     _check_count("num_workers", num_workers, 1)
@@ -371,8 +382,15 @@ def load_model(
         _check_complete(place, in_memory)
         texts = in_memory
 
+    shape = _read_shape(place if in_memory is None else in_memory[WEIGHTS])
     if device == "cpu":
         inference_memory.prepare()
+    else:
+        cublas.preload()
+        for index in indices:
+            inference_memory.prepare(f"cuda:{index}")
+        if is_auto and shape is not None:
+            compute_type = _fitting_compute_type(compute_type, shape, indices, num_workers)
     try:
         whisper = ctranslate2.models.Whisper(
             place,
@@ -398,11 +416,6 @@ def load_model(
     content = texts.get("tokenizer.json")
     if content is None:
         content = fetch_tokenizer(name, multilingual, download_root, local_files_only)
-    try:
-        shape = read_shape(place if in_memory is None else in_memory[WEIGHTS])
-    except ModelLoadError as error:
-        logger.debug("%s", error)
-        shape = None
     try:
         tokenizer = _load_tokenizer(content, multilingual)
         _check_ids(texts, tokenizer)
@@ -441,7 +454,8 @@ def resolve_compute_type(compute_type: str, device: str, device_index: int = 0) 
     compute_type
         ``"default"`` is passed on; ``"auto"`` becomes the first supported one of float16, bfloat16
         and float32 on CUDA, of int8 and float32 on the CPU; any other is checked against what
-        CTranslate2 supports on the device.
+        CTranslate2 supports on the device. Loading a model with ``"auto"`` takes an 8-bit type on a
+        GPU that has no room for a larger one.
     device
         ``"cpu"`` or ``"cuda"``.
     device_index
@@ -463,6 +477,28 @@ def resolve_compute_type(compute_type: str, device: str, device_index: int = 0) 
             f"default, auto, {', '.join(supported)}"
         )
     return compute_type
+
+
+def _fitting_compute_type(
+    preferred: str, shape: ModelShape, indices: list[int], num_workers: int
+) -> str:
+    """Return the preferred type, or a smaller one if there is no room for it on one of the GPUs."""
+    supported = ctranslate2.get_supported_compute_types("cuda", indices[0])
+    try:
+        memory = min(mempool.free_memory(index)[0] for index in indices)
+        return fit(shape, memory, supported, batch=1, num_workers=num_workers).compute_type
+    except (GpuUnavailable, GpuError, PoolExhausted):
+        # What is free is not known, or not even one long window fits: CTranslate2 will tell.
+        return preferred
+
+
+def _read_shape(weights: str | bytes) -> ModelShape | None:
+    try:
+        return read_shape(weights)
+    except ModelLoadError as error:
+        # Nothing of a model depends on it, and CTranslate2 says what is wrong, if anything is.
+        logger.debug("%s", error)
+        return None
 
 
 def _checked_device_index(device_index: int | list[int], device: str) -> list[int]:

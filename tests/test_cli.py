@@ -20,6 +20,7 @@ from hub import Hub, Repository, start_client
 
 import speechrnt
 from speechrnt.cli import main
+from speechrnt.errors import GpuUnavailable
 from speechrnt.hub import EMBEDDED_MODELS, available_models
 
 PYTHONS_VARIABLES = ("PYTHONIOENCODING", "PYTHONUNBUFFERED", "PYTHONUTF8")
@@ -529,12 +530,27 @@ def test_info_tells_what_the_machine_offers(call, monkeypatch, gpus):
     assert facts["log-mel kernel"] == speechrnt._mel.isa()
     assert int(facts["usable cores"]) >= 1
     assert facts["compute types, cpu"] == "float32, int8"
+    assert facts["cublas"] == speechrnt.cublas.status()
     if gpus:
+        assert facts["inference memory, cuda"] == speechrnt.inference_memory.status("cuda")
         assert facts["gpu"] == "2 CUDA device(s)"
         assert facts["compute types, cuda"] == "bfloat16, float16"
     else:
         assert facts["gpu"]
         assert "compute types, cuda" not in facts
+
+
+def test_a_gpu_without_cublas_is_reported_with_what_to_install(call, monkeypatch):
+    def refuse():
+        raise GpuUnavailable("CTranslate2 needs cuBLAS 12 on a GPU: pip install 'speechrnt[gpu]'")
+
+    monkeypatch.setattr(ctranslate2, "get_cuda_device_count", lambda: 1)
+    monkeypatch.setattr(speechrnt.cublas, "preload", refuse)
+    status, output, errors = call("transcribe", "--device", "cuda", "s01_en.wav")
+    assert (status, output) == (2, "")
+    assert errors == (
+        "speechrnt: error: CTranslate2 needs cuBLAS 12 on a GPU: pip install 'speechrnt[gpu]'\n"
+    )
 
 
 def test_the_version_is_printed(call):

@@ -342,6 +342,58 @@ class TestIncremental:
             pickle.dumps(_mel.IncrementalLogMel())
 
 
+class TestCast:
+    """Values as they are, in the other type."""
+
+    def test_every_value_of_half_precision_is_exact(self):
+        half = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(64, -1)
+        wide = _mel.cast(half, np.zeros(half.shape, np.float32))
+        np.testing.assert_array_equal(wide, half.astype(np.float32))
+        again = _mel.cast(wide, np.zeros(half.shape, np.float16))
+        np.testing.assert_array_equal(again, half)
+
+    def test_others_are_rounded_as_numpy_does(self):
+        half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+        half = half[np.isfinite(half)].astype(np.float32)
+        between = (half[1:] + half[:-1]) / 2  # ties, and their neighbours
+        values = np.stack(
+            [between, np.nextafter(between, np.inf), np.nextafter(between, -np.inf), between * 3]
+        ).astype(np.float32)
+        with np.errstate(over="ignore"):
+            expected = values.astype(np.float16)
+        out = np.zeros(values.shape, np.float16)
+        assert _mel.cast(values, out) is out
+        np.testing.assert_array_equal(out, expected)
+
+    @pytest.mark.parametrize("columns", [0, 1, 7, 8, 15, 16, 17, 33])
+    def test_rows_of_any_length(self, columns):
+        values = noise(3 * columns + 3)[: 3 * columns].reshape(3, columns)
+        wide = np.full((3, columns + 2), 7, np.float16)
+        _mel.cast(values, wide[:, 1:-1])
+        np.testing.assert_array_equal(wide[:, 1:-1], values.astype(np.float16))
+        assert (wide[:, [0, -1]] == 7).all()
+        np.testing.assert_array_equal(_mel.cast(values, np.zeros((3, columns), np.float32)), values)
+        np.testing.assert_array_equal(
+            _mel.cast(values.T.copy().T, np.zeros((3, columns), np.float16)),
+            values.astype(np.float16),
+        )
+
+    @pytest.mark.parametrize(
+        ("values", "out", "error"),
+        [
+            (np.zeros((2, 3)), np.zeros((2, 3), np.float16), TypeError),
+            (np.zeros((2, 3), np.float32), np.zeros((2, 3)), TypeError),
+            (np.zeros((2, 3), np.float32), None, TypeError),
+            ([[1.0]], np.zeros((1, 1), np.float16), TypeError),
+            (np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float16), ValueError),
+            (np.zeros(3, np.float32), np.zeros((1, 3), np.float16), ValueError),
+        ],
+    )
+    def test_other_arrays_are_refused(self, values, out, error):
+        with pytest.raises(error, match="must"):
+            _mel.cast(values, out)
+
+
 class TestNormalize:
     def test_it_completes_log10_mel(self):
         pcm = noise(20000)

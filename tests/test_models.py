@@ -19,8 +19,14 @@ import pytest
 from ctranslate2.specs import TransformerDecoderModelSpec
 from hub import Hub, Repository, start_client
 
-from speechrnt import WhisperModel
-from speechrnt.errors import ModelLoadError, ModelNotFoundError, OptionError
+from speechrnt import WhisperModel, cublas, inference_memory, mempool
+from speechrnt.errors import (
+    GpuError,
+    GpuUnavailable,
+    ModelLoadError,
+    ModelNotFoundError,
+    OptionError,
+)
 from speechrnt.hub import EMBEDDED_MODELS, HUB_MODELS, available_models, download_model
 from speechrnt.models import (
     Capabilities,
@@ -68,6 +74,7 @@ def gpus(monkeypatch):
         return loaded
 
     kinds = {"cpu": {"float32", "int8", "int8_float32"}}
+    monkeypatch.setattr(cublas, "preload", lambda: None)
     monkeypatch.setattr(ctranslate2, "get_supported_compute_types", supported)
     monkeypatch.setattr(ctranslate2.models, "Whisper", whisper)
     return install
@@ -564,6 +571,57 @@ def test_a_model_is_loaded_onto_the_gpus_asked_for(gpus, count, index, indices):
     assert arguments["device_index"] == indices
     assert arguments["compute_type"] == "float16"
     assert (arguments["inter_threads"], arguments["intra_threads"]) == (2, 3)
+
+
+def test_a_gpu_without_cublas_is_said_before_anything_is_loaded(gpus, monkeypatch):
+    def refuse():
+        raise GpuUnavailable("CTranslate2 needs cuBLAS 12 on a GPU")
+
+    loaded = gpus(1)
+    monkeypatch.setattr(cublas, "preload", refuse)
+    with pytest.raises(GpuUnavailable, match="needs cuBLAS 12"):
+        load_model()
+    assert loaded == []
+    load(device="cpu")  # does not need it
+
+
+@pytest.mark.parametrize(
+    ("free", "compute_type"),
+    [
+        ({0: 2**30}, "float16"),
+        ({0: 2**30, 1: 320 * 2**20}, "float16"),
+        ({0: 2**30, 1: 316 * 2**20}, "int8_float16"),
+        ({0: 2**20}, "float16"),  # nothing fits: CTranslate2 is left to say so
+        ({0: GpuError("unknown")}, "float16"),
+    ],
+)
+def test_auto_takes_8_bits_where_16_leave_no_room(gpus, monkeypatch, free, compute_type):
+    def free_memory(index):
+        if isinstance(free[index], Exception):
+            raise free[index]
+        return free[index], 2**34
+
+    loaded = gpus(2)
+    monkeypatch.setattr(mempool, "free_memory", free_memory)
+    load_model(compute_type="auto", device_index=list(free))
+    load_model(compute_type="float16", device_index=list(free))
+    assert [arguments["compute_type"] for arguments in loaded] == [compute_type, "float16"]
+
+
+def test_memory_is_prepared_on_each_gpu_before_the_model_is_loaded(gpus, monkeypatch):
+    prepared = []
+    loaded = gpus(3)
+    monkeypatch.setattr(
+        inference_memory, "prepare", lambda device="cpu": prepared.append((device, len(loaded)))
+    )
+    load_model(device_index=[2, 0])
+    assert prepared == [("cuda:2", 0), ("cuda:0", 0)]
+
+
+def test_a_model_tells_its_shape(contents):
+    shape = load().shape
+    assert (shape.d_model, shape.n_mels) == (192, 80)
+    assert load("in memory", files=contents).shape == shape
 
 
 @pytest.mark.parametrize("index", [2, -1, [0, 2], [], "0", [None], 0.5])
