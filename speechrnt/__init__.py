@@ -23,16 +23,18 @@ from .errors import (
     PoolExhausted,
     SchedulerClosed,
     SpeechRNTError,
+    UtteranceClosed,
+    UtteranceError,
 )
 from .formats import format_timestamp
 from .hub import available_models, download_model
 from .latency import StageTimings
 from .models import load_model
 from .oneshot import Transcription
+from .plan import UtteranceOptions
 from .results import Segment, TranscriptionInfo, TranscriptionOptions, Word
 from .stt import OptimizedSTTFactory, PerformanceOptimizedSTT
 from .transcribe import WhisperModel
-from .utterance import UtteranceOptions
 
 __all__ = [
     "Audio",
@@ -65,6 +67,8 @@ __all__ = [
     "Transcription",
     "TranscriptionInfo",
     "TranscriptionOptions",
+    "UtteranceClosed",
+    "UtteranceError",
     "UtteranceOptions",
     "WhisperModel",
     "Word",

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from .errors import AudioFileError, AudioNotFoundError, InvalidAudioError
 
-__all__ = ["SAMPLE_RATE", "Audio", "AudioFile", "AudioInput", "decode_audio", "load_audio"]
+__all__ = [
+    "PCM_ENCODINGS",
+    "SAMPLE_RATE",
+    "Audio",
+    "AudioFile",
+    "AudioInput",
+    "check_sample_rate",
+    "decode_audio",
+    "load_audio",
+]
 
 SAMPLE_RATE = 16_000
 """Samples per second of everything that leaves this module, unless asked otherwise."""
@@ -45,6 +54,9 @@ _IMPLAUSIBLE_PEAK = 8.0
 _LARGEST_PEAK = 1e15
 
 _PCM_DTYPES = {"s16": "<i2", "s32": "<i4", "f32": "<f4", "mulaw": "u1", "alaw": "u1"}
+
+PCM_ENCODINGS = {name: np.dtype(dtype).itemsize for name, dtype in _PCM_DTYPES.items()}
+"""Names of sample formats of raw PCM, and the bytes that a sample takes."""
 
 # How encoded files begin. PCM hardly ever does: as 16-bit samples, these are loud clicks. MPEG's
 # frame sync is left out, since its bits (0xFFE) are those of small negative samples.
@@ -133,7 +145,7 @@ class Audio:
         InvalidAudioError
             If the dtype, shape or rate is not one of the above, or a sample is NaN or infinite.
         """
-        rate = _check_sample_rate(sample_rate)
+        rate = check_sample_rate(sample_rate)
         floats, warnings = _to_float32(samples)
         return cls(_resample_array(floats, rate), warnings, "array")
 
@@ -167,7 +179,7 @@ class Audio:
             If an argument is not one of the above, the bytes are not a whole number of frames,
             or an f32 sample is NaN or infinite.
         """
-        rate = _check_sample_rate(sample_rate)
+        rate = check_sample_rate(sample_rate)
         if encoding not in _PCM_DTYPES:
             raise InvalidAudioError(
                 f"encoding={encoding!r} is not known; use one of {', '.join(_PCM_DTYPES)}"
@@ -318,7 +330,7 @@ def decode_audio(
         As `Audio.from_file`; InvalidAudioError also if the rate is out of range.
     """
     layout = "stereo" if split_stereo else "mono"
-    samples, warnings, _ = _decode_file(input_file, _check_sample_rate(sampling_rate), layout)
+    samples, warnings, _ = _decode_file(input_file, check_sample_rate(sampling_rate), layout)
     for warning in warnings:
         _logger.warning(warning)
     if split_stereo:
@@ -331,7 +343,14 @@ def _type_name(value: object) -> str:
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
 
 
-def _check_sample_rate(rate: float) -> int:
+def check_sample_rate(rate: float) -> int:
+    """Return a sample rate as an integer.
+
+    Raises
+    ------
+    InvalidAudioError
+        If it is not a whole number of Hz from 1000 to 768000.
+    """
     if (
         isinstance(rate, bool)
         or not isinstance(rate, int | float | np.integer)

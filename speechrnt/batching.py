@@ -273,6 +273,15 @@ class Dispatcher:
             self._counts["cancelled"] += 1
             return True
 
+    def expected_s(self, frames: int) -> float:
+        """Return the model time that a window of so many mel frames takes, 0 if not known yet."""
+        return self._sizes.expected_s(frames)
+
+    @property
+    def backlog_s(self) -> float:
+        """Expected seconds until what waits now has begun. Takes no lock."""
+        return self._queue.cost_s / self._n_workers
+
     def retry_after_s(self) -> float:
         """Return the seconds until the work that waits now may be done, as far as can be told."""
         with self._changed:

@@ -25,6 +25,8 @@ __all__ = [
     "PoolExhausted",
     "SchedulerClosed",
     "SpeechRNTError",
+    "UtteranceClosed",
+    "UtteranceError",
 ]
 
 
@@ -85,6 +87,14 @@ class SchedulerClosed(SpeechRNTError, RuntimeError):  # noqa: N818
 
 class DeadlineExceeded(SpeechRNTError, TimeoutError):  # noqa: N818
     """A task had not started when its deadline passed, and will not."""
+
+
+class UtteranceError(SpeechRNTError, ValueError):
+    """No streaming utterance of this name, or already one."""
+
+
+class UtteranceClosed(SpeechRNTError, RuntimeError):  # noqa: N818
+    """A streaming utterance that takes no more audio: it was finalized or cancelled, or failed."""
 
 
 class PoolExhausted(SpeechRNTError, MemoryError):  # noqa: N818 - a state more than a mistake

@@ -17,13 +17,14 @@ from ._sched import Priority
 from .audio import Audio, AudioInput, load_audio
 from .errors import SpeechRNTError
 from .latency import StageTimings
+from .plan import Plan
 from .pools import AudioBuffer
 from .results import Segment
 from .segmentation import Cutter, WindowCut
-from .utterance import Final, Plan, Utterance, UtterancePipeline, join_texts
+from .utterance import Final, Utterance, UtterancePipeline, join_texts
 from .vad import FRAME_SAMPLES
 
-__all__ = ["Request", "Transcription"]
+__all__ = ["Request", "Transcription", "transcription_of"]
 
 # Audio that one task looks at before others have their turn.
 _BLOCK_SAMPLES = 32 * FRAME_SAMPLES
@@ -59,6 +60,46 @@ class Transcription:
     duration: float
     timings: StageTimings
     warnings: tuple[str, ...] = ()
+
+
+def transcription_of(
+    finals: list[Final],
+    language: str | None,
+    duration: float,
+    timings: StageTimings,
+    warnings: tuple[str, ...],
+) -> Transcription:
+    """Put the finals of an utterance together.
+
+    Parameters
+    ----------
+    finals
+        Of all its windows.
+    language
+        The one that was given.
+    duration, timings, warnings
+        See `Transcription`.
+    """
+    lengths: Counter[str] = Counter()
+    probabilities: dict[str, float] = {}
+    for final in finals:
+        lengths[final.language] += final.cut.end - final.cut.start
+        known = probabilities.get(final.language, 0.0)
+        probabilities[final.language] = max(known, final.language_probability)
+    if lengths:
+        [(main, _)] = lengths.most_common(1)
+        probability = probabilities[main]
+    else:
+        main, probability = language or "", float(language is not None)
+    return Transcription(
+        text=join_texts(finals),
+        segments=tuple(final.segment for final in finals if final.segment is not None),
+        language=main,
+        language_probability=probability,
+        duration=duration,
+        timings=timings,
+        warnings=warnings,
+    )
 
 
 class Request:
@@ -225,37 +266,17 @@ class Request:
         """Make the result."""
         started = time.perf_counter()
         finals = self._finals
-        language, probability = self._main_language()
         self.timings = replace(
             self._utterance.timings,
             ingest=self._ingest_s,
             delivery=started - (self._utterance.text_at or started),
             total=started - self._started,
         )
-        transcription = Transcription(
-            text=join_texts(finals),
-            segments=tuple(final.segment for final in finals if final.segment is not None),
-            language=language,
-            language_probability=probability,
-            duration=self.duration,
-            timings=self.timings,
-            warnings=self._warnings,
+        transcription = transcription_of(
+            finals, self._plan.language, self.duration, self.timings, self._warnings
         )
         if self._end("completed") and self.future.set_running_or_notify_cancel():
             self.future.set_result(transcription)
-
-    def _main_language(self) -> tuple[str, float]:
-        """Return the language of the most audio, and its probability where that is most certain."""
-        lengths: Counter[str] = Counter()
-        probabilities: dict[str, float] = {}
-        for final in self._finals:
-            lengths[final.language] += final.cut.end - final.cut.start
-            known = probabilities.get(final.language, 0.0)
-            probabilities[final.language] = max(known, final.language_probability)
-        if not lengths:
-            return self._plan.language or "", float(self._plan.language is not None)
-        [(language, _)] = lengths.most_common(1)
-        return language, probabilities[language]
 
     def _fail(self, error: Exception) -> None:
         if self._end("failed") and self.future.set_running_or_notify_cancel():

@@ -82,14 +82,6 @@ class SpeechEnd:
 
 
 @dataclass(frozen=True)
-class Pause:
-    """If nobody goes on speaking, the window from `start` will end at `end`."""
-
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class WindowCut:
     """Samples `start` to `end` are the next window.
 
@@ -109,6 +101,13 @@ class WindowCut:
     speech_end: int
     reason: Literal["endpoint", "limit", "end"]
     continues: bool
+
+
+@dataclass(frozen=True)
+class Pause:
+    """If nobody goes on speaking, `cut` will be the next window."""
+
+    cut: WindowCut
 
 
 Event: TypeAlias = SpeechStart | SpeechEnd | Pause | WindowCut
@@ -161,8 +160,20 @@ class Segmenter:
 
     @property
     def is_speech(self) -> bool:
-        """Whether the open window holds speech for certain."""
-        return self._start is not None and self._is_sure
+        """Whether the open window holds speech for certain, which goes on."""
+        return self._start is not None and self._is_sure and self._quiet_since is None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the open window begins where one was cut for its length."""
+        return self._continues
+
+    @property
+    def needed_from(self) -> int:
+        """First sample that a window may still hold."""
+        if self._start is not None:
+            return self._sample(self._start)
+        return self._sample(max(self._floor, self._frame - self._padding))
 
     def push(self, probability: float, loudness: float) -> list[Event]:
         """Take the next frame, and return what follows from it."""
@@ -193,8 +204,9 @@ class Segmenter:
         if self._quiet_since is not None and self._endpoint is not None:
             quiet = self._frame - self._quiet_since
             if quiet == self._padding and self._is_sure and self._heard:
-                end = self._window_end()
-                events.append(Pause(self._sample(self._start), self._sample(end)))
+                end, speech_end = self._window_end(), self._speech_end()
+                cut = self._cut(self._sample(end), self._sample(speech_end), "endpoint")
+                events.append(Pause(cut))
             if quiet >= self._endpoint:
                 return events + self._end_window("endpoint", self._sample(self._frame))
         if self._frame - self._start >= self._longest:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 from os import PathLike
 from types import TracebackType
@@ -24,18 +24,23 @@ from typing_extensions import Self
 from . import inference_memory, sizing
 from ._sched import Priority, Scheduler
 from ._sched_types import SchedulerStatistics
-from .audio import AudioInput
+from .audio import SAMPLE_RATE, AudioInput
 from .batch_sizes import BatchSizes, Costs
 from .batching import Dispatcher, DispatcherStatistics, Executor
 from .config import HardwareProfile, OptimizationConfig, detect_hardware, recommend
 from .errors import ModelError, OptionError, Overloaded, PoolExhausted
+from .events import Event
 from .latency import STAGES, Histogram, HistogramSnapshot
 from .maintenance import Maintenance, maintain_on
 from .models import DEFAULT_MODEL, Model, load_model, resolve_device
 from .oneshot import Request, Transcription
+from .pcm import AudioChunk
+from .plan import Plan, UtteranceOptions, make_plan
 from .pools import AudioBufferPool, PoolLimits, PoolStatistics, TranscriptionResultPool
+from .stream_registry import StreamRegistry, StreamStatistics
+from .streaming import STREAM_OPTIONS, Pressure, Stream, StreamOptions
 from .system import usable_cores, usable_memory
-from .utterance import Plan, UtteranceOptions, UtterancePipeline, UtteranceStatistics
+from .utterance import UtterancePipeline, UtteranceStatistics
 from .vad import VoiceActivityDetector
 
 __all__ = ["EngineStatistics", "OptimizedSTTFactory", "PerformanceOptimizedSTT"]
@@ -88,6 +93,8 @@ class EngineStatistics:
         Seconds of audio in completed requests.
     stages : Mapping of str to HistogramSnapshot
         Of completed requests; see `StageTimings`.
+    streams
+        Streaming utterances.
     utterances, dispatcher, scheduler
         Windows, the model, and the work around it; no scheduler if there is none.
     audio_buffers, results
@@ -98,6 +105,7 @@ class EngineStatistics:
     live: int
     audio_s: float
     stages: Mapping[str, HistogramSnapshot]
+    streams: StreamStatistics
     utterances: UtteranceStatistics
     dispatcher: DispatcherStatistics
     scheduler: SchedulerStatistics | None
@@ -185,6 +193,7 @@ class PerformanceOptimizedSTT:
         self._results = TranscriptionResultPool(
             PoolLimits(max_size=config.result_records, overflow="allocate")
         )
+        self._streams = StreamRegistry(config.max_concurrent_utterances, self._backlog_s)
         self._scheduler: Scheduler | None = None
         self._maintenance: Maintenance | None = None
         executor: Executor = _Inline()
@@ -194,7 +203,7 @@ class PerformanceOptimizedSTT:
             )
             self._maintenance = maintain_on(
                 self._scheduler,
-                [self._buffers, self._results, inference_memory],
+                [self._buffers, self._results, self._streams, inference_memory],
                 config.cleanup_interval_s,
             )
         windows_in_flight = _BATCHES_IN_FLIGHT * config.max_batch_size
@@ -216,7 +225,7 @@ class PerformanceOptimizedSTT:
             self._buffers,
             windows_in_flight,
         )
-        self._plan = lru_cache(_PLANS_CACHED)(self._pipeline.plan)
+        self._plan = lru_cache(_PLANS_CACHED)(partial(make_plan, self.model))
         _engines.add(self)
 
     def transcribe_async(
@@ -314,6 +323,105 @@ class PerformanceOptimizedSTT:
         """
         return await asyncio.wrap_future(self.transcribe_async(audio, language, **options))
 
+    def stream(
+        self,
+        utterance_id: str | None = None,
+        *,
+        callback: Callable[[Event], object] | None = None,
+        language: str | None = None,
+        sample_rate: int = SAMPLE_RATE,
+        encoding: str = "s16",
+        priority: Priority = Priority.NORMAL,
+        **options: Any,
+    ) -> Stream:
+        """Start a streaming utterance.
+
+        Parameters
+        ----------
+        utterance_id
+            Its name, which no other open stream has; None makes one up.
+        callback
+            Called with each event (see `speechrnt.events`), one at a time, by a thread that is
+            neither the model's nor the scheduler's. Without it, the events come from ``async for``.
+        language
+            Code such as ``"en"``; None detects it.
+        sample_rate, encoding
+            Of what will be pushed. See `PcmReader`.
+        priority
+            Of its finals; partials are a level below.
+        **options
+            See `UtteranceOptions` and `StreamOptions`.
+
+        Raises
+        ------
+        OptionError
+            If an option is unknown or out of range.
+        InvalidAudioError
+            If the rate or the encoding is none.
+        UtteranceError
+            If a stream of this name is open.
+        Overloaded
+            If as many streams are open as may, or the model is too far behind.
+        ModelError
+            If the engine is closed, or belongs to the parent process.
+        """
+        self._check_process()
+        if callback is not None and not callable(callback):
+            raise OptionError(f"callback: must be callable, which {callback!r} is not")
+        stream_options = {name: options.pop(name) for name in options.keys() & STREAM_OPTIONS}
+        plan = self._checked_plan(language, options)
+        return self._streams.start(
+            utterance_id,
+            lambda name: Stream(
+                name,
+                self._pipeline,
+                plan,
+                StreamOptions(**stream_options),
+                counters=self._streams.counters,
+                threads=self._streams.threads,
+                on_over=self._streams.forget,
+                make_plan=self._remake_plan,
+                callback=callback,
+                sample_rate=sample_rate,
+                encoding=encoding,
+                priority=self._checked_priority(priority),
+            ),
+        )
+
+    def start_streaming_transcription(
+        self,
+        utterance_id: str,
+        callback: Callable[[Event], object],
+        language: str | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Start a streaming utterance whose events go to a callback; see `stream`."""
+        if not callable(callback):
+            raise OptionError(f"callback: must be callable, which {callback!r} is not")
+        return self.stream(utterance_id, callback=callback, language=language, **options)
+
+    def add_audio_chunk(self, utterance_id: str, chunk: AudioChunk) -> Pressure:
+        """Push audio to an open stream; see `Stream.push`.
+
+        Raises
+        ------
+        UtteranceError
+            If there is no such stream.
+        """
+        self._check_process()
+        return self._streams.get(utterance_id).push(chunk)
+
+    def finalize_streaming_transcription(self, utterance_id: str) -> Future[Transcription]:
+        """Finalize an open stream; see `Stream.finalize`.
+
+        Raises
+        ------
+        UtteranceError
+            If there is no such stream.
+        """
+        self._check_process()
+        return self._streams.get(utterance_id).finalize()
+
     def warm_up(self) -> None:
         """Measure which batch sizes pay, and touch what the first request would wait for.
 
@@ -344,6 +452,7 @@ class PerformanceOptimizedSTT:
             live=live,
             audio_s=audio_s,
             stages={stage: histogram.snapshot() for stage, histogram in self._stages.items()},
+            streams=self._streams.statistics(),
             utterances=self._pipeline.statistics(),
             dispatcher=self._dispatcher.statistics(),
             scheduler=None if self._scheduler is None else self._scheduler.statistics(),
@@ -381,6 +490,7 @@ class PerformanceOptimizedSTT:
         if cancel:
             for request in live:
                 request.future.cancel()
+        self._streams.close(cancel)
         with self._changed:
             self._changed.wait_for(lambda: not self._n_live)
         self._dispatcher.close()
@@ -415,9 +525,18 @@ class PerformanceOptimizedSTT:
         await asyncio.to_thread(self.close, exc_type is not None)
 
     def _is_own_thread(self) -> bool:
-        return self._dispatcher.is_worker() or (
-            self._scheduler is not None and self._scheduler.is_worker()
+        return (
+            self._dispatcher.is_worker()
+            or self._streams.is_callback()
+            or (self._scheduler is not None and self._scheduler.is_worker())
         )
+
+    def _backlog_s(self) -> float:
+        return self._dispatcher.backlog_s
+
+    def _remake_plan(self, options: Mapping[str, Any]) -> Plan:
+        options = dict(options)
+        return self._checked_plan(options.pop("language"), options)
 
     def _fitting_batch(self, frames: int) -> int:
         """Return how many windows of a context the memory holds while all workers decode."""

@@ -1,0 +1,62 @@
+"""When a partial transcript can be relied on: LocalAgreement-2.
+
+What two transcripts of a growing window begin with alike is committed (Liu, Spanakis, Niehues,
+"Low-latency sequence-to-sequence speech recognition and translation by partial hypothesis
+selection", Interspeech 2020; Macháček, Dabre, Bojar, "Turning Whisper into real-time transcription
+system", 2023).
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+from .languages import UNSPACED
+
+__all__ = ["LocalAgreement", "join_words", "split_words"]
+
+
+def split_words(text: str, language: str) -> list[str]:
+    """Return the words of a text, or its characters where words are not spaced."""
+    words = text.split()
+    if language in UNSPACED:
+        return list("".join(words))
+    return words
+
+
+def join_words(words: list[str], language: str) -> str:
+    """Return the text of words."""
+    return ("" if language in UNSPACED else " ").join(words)
+
+
+class LocalAgreement:
+    """What is committed of one window, and what its latest transcript says beyond that."""
+
+    def __init__(self) -> None:
+        self.committed: list[str] = []
+        self.unstable: list[str] = []
+        self._last: list[str] = []
+
+    def update(self, words: list[str]) -> list[str]:
+        """Take the transcript of more audio than the last, and return what it commits.
+
+        The last word is left out: the audio may end within it. A transcript that begins otherwise
+        than what is committed commits nothing.
+        """
+        words = words[:-1]
+        n_committed = len(self.committed)
+        agreed = sum(1 for _ in takewhile(_are_equal, zip(self._last, words, strict=False)))
+        new: list[str] = []
+        if agreed > n_committed and words[:n_committed] == self.committed:
+            new = words[n_committed:agreed]
+            self.committed += new
+        self._last = words
+        self.unstable = words[len(self.committed) :]
+        return new
+
+    def is_kept_by(self, words: list[str]) -> bool:
+        """Whether a final transcript begins with what is committed."""
+        return words[: len(self.committed)] == self.committed
+
+
+def _are_equal(pair: tuple[str, str]) -> bool:
+    return pair[0] == pair[1]

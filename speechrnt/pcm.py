@@ -1,0 +1,90 @@
+"""Audio that arrives in pieces, brought to 16 kHz mono float32."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from .audio import PCM_ENCODINGS, SAMPLE_RATE, Audio, check_sample_rate
+from .errors import InvalidAudioError
+
+__all__ = ["AudioChunk", "PcmReader"]
+
+AudioChunk: TypeAlias = NDArray[Any] | bytes | bytearray | memoryview
+"""A piece of audio: samples, or bytes of the declared encoding."""
+
+
+class PcmReader:
+    """Reads one stream's pieces. Equal audio gives equal samples, however it is cut.
+
+    Not thread-safe.
+
+    Parameters
+    ----------
+    sample_rate
+        Of what arrives, 1000 to 768000 Hz.
+    encoding
+        Of the bytes that arrive, little endian: ``"s16"``, ``"s32"``, ``"f32"``, ``"mulaw"`` or
+        ``"alaw"``. Arrays say by their dtype what they hold.
+
+    Raises
+    ------
+    InvalidAudioError
+        If one of them is none of these.
+    """
+
+    def __init__(self, sample_rate: int = SAMPLE_RATE, encoding: str = "s16") -> None:
+        self._rate = check_sample_rate(sample_rate)
+        if encoding not in PCM_ENCODINGS:
+            raise InvalidAudioError(
+                f"encoding={encoding!r} is not known; use one of {', '.join(PCM_ENCODINGS)}"
+            )
+        self._encoding = encoding
+        self._sample_bytes = PCM_ENCODINGS[encoding]
+        self._carry = b""  # bytes of a sample that has not come whole
+        self._resampler: av.AudioResampler | None = None
+        if self._rate != SAMPLE_RATE:
+            self._resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+
+    def read(self, chunk: AudioChunk) -> NDArray[np.float32]:
+        """Return the samples that a piece makes complete; they share no memory with it.
+
+        Raises
+        ------
+        InvalidAudioError
+            If it is no piece of audio. Nothing was taken.
+        """
+        if isinstance(chunk, np.ndarray):
+            samples = Audio.from_array(chunk).samples
+            if np.may_share_memory(samples, chunk):
+                samples = samples.copy()
+        elif isinstance(chunk, bytes | bytearray | memoryview):
+            data = self._carry + bytes(chunk)
+            whole = len(data) - len(data) % self._sample_bytes
+            # The rate is seen to below, where the resampler lives on.
+            samples = Audio.from_pcm(data[:whole], self._encoding).samples
+            self._carry = data[whole:]
+        else:
+            raise InvalidAudioError(
+                f"a chunk of audio must be bytes or a NumPy array, not {type(chunk).__name__}"
+            )
+        if self._resampler is None or not samples.size:
+            return samples
+        frame = av.AudioFrame.from_ndarray(samples[np.newaxis], format="flt", layout="mono")
+        frame.sample_rate = self._rate
+        return self._resampled(frame)
+
+    def finish(self) -> NDArray[np.float32]:
+        """Return the last samples. The bytes of a sample that never came whole are dropped."""
+        self._carry = b""
+        if self._resampler is None:
+            return np.empty(0, dtype=np.float32)
+        return self._resampled(None)
+
+    def _resampled(self, frame: av.AudioFrame | None) -> NDArray[np.float32]:
+        assert self._resampler is not None
+        blocks = [each.to_ndarray().reshape(-1) for each in self._resampler.resample(frame)]
+        return np.concatenate([np.empty(0, dtype=np.float32), *blocks])

@@ -1,0 +1,201 @@
+"""All streams of an engine: their names, their limit, and the end of those nobody looks after."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from .errors import ModelError, Overloaded, UtteranceError
+from .latency import HistogramSnapshot
+from .streaming import Stream, StreamCounters
+
+__all__ = ["StreamRegistry", "StreamStatistics"]
+
+# Callbacks may block, though they should not; more than this many hold up those of other streams.
+_CALLBACK_THREADS = 16
+
+# With so much model time waiting, another stream would only make all of them late.
+_MOST_BACKLOG_S = 5.0
+
+_STALLED_AFTER_S = 30.0
+
+
+@dataclass(frozen=True)
+class StreamStatistics:
+    """Counts of all streams since the engine was made.
+
+    Attributes
+    ----------
+    open : int
+        Streams that are not closed.
+    started, refused, closed : int
+        Streams that were started; refused, because there were too many or the model was too far
+        behind; and closed.
+    counts : Mapping of str to int
+        ``finals`` and ``partials``; ``expired_partials``, which the model had no time for, and
+        ``stale_partials``, which nobody had taken when the next came; ``revised_finals``, which do
+        not begin with what was committed; ``committed_words``, ``committed_at_final_words`` of
+        windows that were final, and ``final_words``; streams that ``stalled``, were ``idle`` or
+        ``too_long``; ``callback_errors``; ``unread_events``, dropped because nobody read any;
+        ``refused_chunks`` of audio, because too much was waiting.
+    ttfs, partial_lag : HistogramSnapshot
+        Seconds from the end of speech to its final; from the arrival of audio to the partial that
+        reflects it.
+    """
+
+    open: int
+    started: int
+    refused: int
+    closed: int
+    counts: Mapping[str, int]
+    ttfs: HistogramSnapshot
+    partial_lag: HistogramSnapshot
+
+
+class StreamRegistry:
+    """The streams that are not closed. Thread-safe; looking a stream up takes no lock.
+
+    Parameters
+    ----------
+    most
+        How many there may be.
+    backlog_s
+        Tells how many seconds of work wait for the model.
+    """
+
+    def __init__(self, most: int, backlog_s: Callable[[], float]) -> None:
+        self.counters = StreamCounters()
+        self._here = threading.local()
+        self.threads = ThreadPoolExecutor(
+            _CALLBACK_THREADS,
+            "speechrnt-callback",
+            initializer=lambda: setattr(self._here, "is_callback", True),
+        )
+        self.closed = False
+        self._most = most
+        self._backlog_s = backlog_s
+        self._changed = threading.Condition()
+        self._streams: dict[str, Stream] = {}
+        self._reserved: set[str] = set()
+        self._names = itertools.count(1)
+        self._started = self._refused = self._closed_streams = 0
+
+    def start(self, utterance_id: str | None, make: Callable[[str], Stream]) -> Stream:
+        """Add a stream.
+
+        Parameters
+        ----------
+        utterance_id
+            Its name; None makes one up.
+        make
+            Makes it, given its name.
+
+        Raises
+        ------
+        UtteranceError
+            If there is a stream of this name, or it is none.
+        Overloaded
+            If there are too many, or the model is too far behind.
+        ModelError
+            If the engine is closed.
+        """
+        if utterance_id is not None and (not isinstance(utterance_id, str) or not utterance_id):
+            raise UtteranceError(f"utterance_id: must be a text, not {utterance_id!r}")
+        backlog_s = self._backlog_s()
+        with self._changed:
+            if self.closed:
+                raise ModelError("the engine is closed")
+            n_open = len(self._streams) + len(self._reserved)
+            if n_open >= self._most or backlog_s > _MOST_BACKLOG_S:
+                self._refused += 1
+                if n_open >= self._most:
+                    raise Overloaded(f"{n_open} streams are open, the most allowed", 1.0)
+                raise Overloaded(
+                    f"the model is {backlog_s:.1f} s behind, too far for another stream",
+                    backlog_s,
+                )
+            if utterance_id is None:
+                utterance_id = f"utterance-{next(self._names)}"
+                while utterance_id in self._streams or utterance_id in self._reserved:
+                    utterance_id = f"utterance-{next(self._names)}"
+            elif utterance_id in self._streams or utterance_id in self._reserved:
+                raise UtteranceError(
+                    f"utterance {utterance_id!r} is open already; finalize it, or take another name"
+                )
+            self._reserved.add(utterance_id)
+        try:
+            stream = make(utterance_id)
+        except BaseException:
+            with self._changed:
+                self._reserved.discard(utterance_id)
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            self._reserved.discard(utterance_id)
+            self._streams[utterance_id] = stream
+            self._started += 1
+        return stream
+
+    def get(self, utterance_id: str) -> Stream:
+        """Return an open stream.
+
+        Raises
+        ------
+        UtteranceError
+            If there is none of this name.
+        """
+        stream = self._streams.get(utterance_id)
+        if stream is None:
+            raise UtteranceError(
+                f"utterance {utterance_id!r} is not open: it was never started, or is closed"
+            )
+        return stream
+
+    def is_callback(self) -> bool:
+        """Whether the caller is a callback of a stream."""
+        return getattr(self._here, "is_callback", False)
+
+    def forget(self, stream: Stream) -> None:
+        """Drop a stream that is closed."""
+        with self._changed:
+            if self._streams.get(stream.utterance_id) is stream:
+                del self._streams[stream.utterance_id]
+                self._closed_streams += 1
+            self._changed.notify_all()
+
+    def maintain(self) -> None:
+        """Look after the streams; for `maintain_on`."""
+        now = time.monotonic()
+        for stream in list(self._streams.values()):
+            stream.check(now, _STALLED_AFTER_S)
+
+    def close(self, cancel: bool) -> None:
+        """Start no more, and wait until all are closed: finalized, or with `cancel` cancelled."""
+        with self._changed:
+            self.closed = True
+            self._changed.wait_for(lambda: not self._reserved)
+            streams = list(self._streams.values())
+        for stream in streams:
+            if cancel:
+                stream.cancel()
+            else:
+                stream.end()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._streams)
+        self.threads.shutdown()
+
+    def statistics(self) -> StreamStatistics:
+        """Return what was counted so far. Takes no lock that a stream needs for its work."""
+        return StreamStatistics(
+            open=len(self._streams),
+            started=self._started,
+            refused=self._refused,
+            closed=self._closed_streams,
+            counts=self.counters.snapshot(),
+            ttfs=self.counters.ttfs.snapshot(),
+            partial_lag=self.counters.partial_lag.snapshot(),
+        )
