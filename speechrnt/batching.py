@@ -16,7 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from traceback import clear_frames
+from typing import Any, TypeAlias
 
 import ctranslate2
 import numpy as np
@@ -26,6 +27,7 @@ from ._sched import Priority
 from .batch_sizes import BatchSizes, Costs
 from .decoding import build_prompt, length_limit
 from .errors import DeadlineExceeded, ModelError, Overloaded, SpeechRNTError
+from .executor import Executor
 from .job_queue import JobQueue
 from .models import Model
 from .pools import AudioBufferPool
@@ -42,12 +44,9 @@ _MEASURED_TOKENS = 16
 # Not less: a client that comes back at once would find the queue as full.
 _LEAST_RETRY_AFTER_S = 0.1
 
-
-class Executor(Protocol):
-    """What runs the work before and after the model."""
-
-    def submit_nowait(self, fn: Callable[..., object], /, *args: Any, priority: Priority) -> None:
-        """Run a function soon."""
+# Model time of a frame before anything is known of it. Too little would be unfair: a client's clock
+# advances by it.
+_UNMEASURED_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class _Item:
 
     job: Job
     started_at: float
-    encoding: ctranslate2.StorageView | None = None
+    encoding: Any = None  # ctranslate2.StorageView, once there is one
     encode_s: float = 0.0
     languages: LanguageProbabilities | None = None
 
@@ -249,7 +248,7 @@ class Dispatcher:
             The dispatcher is closed, or belongs to a parent process.
         """
         self._check_process()
-        job.cost_s = self._sizes.expected_s(job.frames)
+        job.cost_s = self._sizes.expected_s(job.frames) or job.frames * _UNMEASURED_S
         with self._changed:
             if self._is_closed:
                 raise ModelError("the dispatcher is closed")
@@ -347,10 +346,17 @@ class Dispatcher:
 
         return self._sizes.measure(frames, encode, prepare)
 
-    def close(self, cancel: bool = False) -> None:
+    def close(self, cancel: bool = False, wait: bool = True) -> None:
         """Accept nothing more, do what waits, and end the workers.
 
-        With `cancel`, jobs that wait fail instead. May be called again, by any thread but a worker.
+        May be called again. In a forked child it does nothing.
+
+        Parameters
+        ----------
+        cancel
+            Jobs that wait fail instead.
+        wait
+            Return when the workers have ended, but for the one that may be calling.
         """
         if os.getpid() != self._process:
             return
@@ -365,7 +371,7 @@ class Dispatcher:
         for job in dropped:
             self._deliver(job, job.failed, ModelError("closed before the model came to this"))
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if wait and thread is not threading.current_thread():
                 thread.join()
 
     def _check_process(self) -> None:
@@ -390,16 +396,17 @@ class Dispatcher:
                 in_time = self._admit(job)
             if not in_time:
                 self._expire(job)
+                del job
                 continue
             batch = [_Item(job, time.monotonic())]
             del job
             try:
-                self._run(batch)
+                results = self._run(batch)
             except Exception as error:
                 self._recover(batch, error)
-            finally:
-                with self._changed:
-                    self._running -= len(batch)
+            else:
+                self._answer(batch, results)
+                del results
             del batch
 
     def _admit(self, job: Job) -> bool:
@@ -433,7 +440,7 @@ class Dispatcher:
         batch += joined
         return joined
 
-    def _run(self, batch: list[_Item]) -> None:
+    def _run(self, batch: list[_Item]) -> list[JobResult]:
         """Encode and decode a batch, and whoever joins it meanwhile."""
         started = time.monotonic()
         encode_size, decode_size = self._sizes.of(batch[0].job.frames)
@@ -446,8 +453,9 @@ class Dispatcher:
             if not new:
                 break
             self._encode(new)
-        self._decode(batch)
+        results = self._decode(batch)
         self._sizes.observe(batch[0].job.frames, len(batch), time.monotonic() - started)
+        return results
 
     def _encode(self, items: list[_Item]) -> None:
         """Encode some windows with one call, and detect their languages where that is asked."""
@@ -475,7 +483,7 @@ class Dispatcher:
         with self._changed:
             self._encode_s += elapsed
 
-    def _decode(self, batch: list[_Item]) -> None:
+    def _decode(self, batch: list[_Item]) -> list[JobResult]:
         started = time.monotonic()
         job = batch[0].job
         prompts = [
@@ -503,7 +511,6 @@ class Dispatcher:
             "return_no_speech_prob": True,
         }
         first = batch[0].encoding
-        assert first is not None
         if all(item.encoding is first for item in batch):
             outputs = self._model.generate(first, prompts, **options)
         else:
@@ -512,19 +519,18 @@ class Dispatcher:
         with self._changed:
             self._decode_s += decode_s
             self._batch_sizes[len(batch)] += 1
-            self._counts["completed"] += len(batch)
-        for item, output, prompt in zip(batch, outputs, prompts, strict=True):
-            encoding = item.encoding
-            result = JobResult(
+        return [
+            JobResult(
                 output=output,
                 prompt_length=len(prompt),
                 languages=item.languages,
-                encoding=encoding if encoding is not None and encoding.shape[0] == 1 else None,
+                encoding=item.encoding if item.encoding.shape[0] == 1 else None,
                 queue_s=item.started_at - item.job.queued_at,
                 encode_s=item.encode_s,
                 decode_s=decode_s,
             )
-            self._deliver(item.job, item.job.done, result)
+            for item, output, prompt in zip(batch, outputs, prompts, strict=True)
+        ]
 
     def _decode_joined(
         self, batch: list[_Item], prompts: list[list[int]], options: Mapping[str, Any]
@@ -544,34 +550,46 @@ class Dispatcher:
     def _recover(self, batch: list[_Item], error: Exception) -> None:
         """After a call failed: do its jobs one by one, so that only the guilty one fails."""
         if len(batch) == 1:
-            self._fail(batch[0].job, error)
+            self._answer(batch, [error])
             return
         logger.warning("a batch of %d failed and is done one by one: %s", len(batch), error)
+        clear_frames(error.__traceback__)
         with self._changed:
             self._counts["isolated"] += 1
         for item in batch:
             alone = [_Item(item.job, item.started_at)]
             try:
                 self._encode(alone)
-                self._decode(alone)
+                results: Sequence[JobResult | Exception] = self._decode(alone)
             except Exception as alone_error:
-                self._fail(item.job, alone_error)
+                results = [alone_error]
+            self._answer(alone, results)
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _answer(self, items: list[_Item], answers: Sequence[JobResult | Exception]) -> None:
+        """Count jobs as done or failed, and tell their owners."""
+        n_failed = sum(isinstance(answer, Exception) for answer in answers)
         with self._changed:
-            self._counts["failed"] += 1
-        if not isinstance(error, SpeechRNTError):
-            wrapped = ModelError(f"{self._model.name}: CTranslate2 failed: {error}")
-            wrapped.__cause__ = error
-            error = wrapped
-        self._deliver(job, job.failed, error)
+            self._running -= len(items)
+            self._counts["failed"] += n_failed
+            self._counts["completed"] += len(items) - n_failed
+        for item, answer in zip(items, answers, strict=True):
+            if isinstance(answer, Exception):
+                self._deliver(item.job, item.job.failed, self._checked_error(answer))
+            else:
+                self._deliver(item.job, item.job.done, answer)
+
+    def _checked_error(self, error: Exception) -> Exception:
+        """Return an exception of ours, which holds none of the buffers."""
+        clear_frames(error.__traceback__)
+        if isinstance(error, SpeechRNTError):
+            return error
+        wrapped = ModelError(f"{self._model.name}: CTranslate2 failed: {error}")
+        wrapped.__cause__ = error
+        return wrapped
 
     def _deliver(self, job: Job, callback: Callable[[Any], None], value: object) -> None:
-        """Have the executor tell a job's owner; tell it here if the executor takes nothing."""
+        """Have the executor tell a job's owner."""
         try:
             self._executor.submit_nowait(callback, value, priority=job.priority)
-        except SpeechRNTError:
-            try:
-                callback(value)
-            except Exception:
-                logger.exception("a callback of the dispatcher failed")
+        except Exception:  # which would end the worker
+            logger.exception("the dispatcher could not deliver a result")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
@@ -19,6 +18,7 @@ _UTTERANCE_BYTES = 4 * MIB
 _UTTERANCE_SHARE = 0.125
 _UTTERANCES_PER_CORE = 16
 _GPU_POOL_SHARE = 0.25
+_MOST_GPU_POOL_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ _FLAGS = frozenset(field.name for field in fields(OptimizationConfig) if field.t
 _RANGES: dict[str, tuple[type, float, float, bool]] = {
     "audio_buffer_pool_size": (Integral, 1, 65_536, False),
     "result_pool_size": (Integral, 1, 65_536, True),
-    "gpu_memory_pool_size_mb": (Integral, 1, 1 << 20, True),
+    "gpu_memory_pool_size_mb": (Integral, 1, _MOST_GPU_POOL_MIB, True),
     "thread_pool_size": (Integral, 1, 64, True),
     "max_concurrent_utterances": (Integral, 1, 65_536, False),
     "max_queued_requests": (Integral, 1, 65_536, False),
@@ -188,7 +188,7 @@ def recommend(hardware: HardwareProfile) -> OptimizationConfig:
     gib = hardware.memory_bytes / (1 << 30)
     gpu_pool = None
     if hardware.gpu_bytes is not None:
-        gpu_pool = max(1, math.floor(hardware.gpu_bytes * _GPU_POOL_SHARE / MIB))
+        gpu_pool = _clamp(hardware.gpu_bytes * _GPU_POOL_SHARE / MIB, 1, _MOST_GPU_POOL_MIB)
     return OptimizationConfig(
         audio_buffer_pool_size=buffers,
         result_pool_size=2 * buffers,

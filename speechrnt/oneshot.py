@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from os import PathLike
+from traceback import clear_frames
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._sched import Priority
-from .audio import Audio, AudioInput, load_audio
-from .errors import SpeechRNTError
+from .audio import AudioInput, load_audio
 from .latency import StageTimings
 from .plan import Plan
 from .pools import AudioBuffer
@@ -151,7 +153,7 @@ class Request:
         self._pipeline = pipeline
         self._plan = plan
         self._priority = priority
-        self._on_over = on_over
+        self._on_over: Callable[[Request], None] | None = on_over
         self._flushes = [*flushes]
         self._lock = threading.Lock()
         self._is_reading = False  # somebody is in `_read`, or about to be
@@ -164,11 +166,12 @@ class Request:
         self._source: AudioInput | None = audio
         self._samples: NDArray[np.float32] | None = None
         self._buffer: AudioBuffer | None = None
-        if isinstance(audio, np.ndarray | Audio | bytes | bytearray | memoryview):
-            self._load()
+        self._resolve: Callable[[], None] | None = None
         self.future: Future[Transcription] = Future()
         self.timings = StageTimings()
         self.duration = 0.0
+        if not (isinstance(audio, str | PathLike) or hasattr(audio, "read")):
+            self._load()
         self._utterance = Utterance(
             pipeline,
             plan,
@@ -189,23 +192,28 @@ class Request:
             if self._is_reading or self._is_over or not self._has_more:
                 return
             self._is_reading = True
-        try:
-            self._pipeline.executor.submit_nowait(self._read, priority=self._priority)
-        except SpeechRNTError:  # the executor takes nothing at the moment, or any more
-            self._read()
+        self._pipeline.executor.submit_nowait(self._read, priority=self._priority)
 
     def _read(self) -> None:
         """Look at the next stretch of audio."""
+        has_more = False
         try:
-            if self._source is not None:
+            if self._source is not None and not self._is_over:
                 started = time.perf_counter()
                 self._load()
                 self._ingest_s += time.perf_counter() - started
-            has_more = self._cut_slice()
-        except Exception as error:
-            has_more = False
+            has_more = not self._is_over and self._cut_slice()
+        except BaseException as error:
             self._utterance.cancel()
+            clear_frames(error.__traceback__)  # of the audio
             self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._pause(has_more)
+
+    def _pause(self, has_more: bool) -> None:
+        """End a stretch of reading, and begin the next one if there is room for its windows."""
         with self._lock:
             self._is_reading = False
             self._has_more = has_more
@@ -220,8 +228,7 @@ class Request:
     def _load(self) -> None:
         """Bring the audio to 16 kHz mono."""
         source, self._source = self._source, None
-        assert source is not None
-        audio = load_audio(source)
+        audio = load_audio(cast(AudioInput, source))
         samples = audio.samples
         if isinstance(source, np.ndarray) and np.may_share_memory(samples, source):
             # The caller may change the array at once.
@@ -264,6 +271,12 @@ class Request:
 
     def _finish(self) -> None:
         """Make the result."""
+        try:
+            self._complete()
+        except Exception as error:
+            self._fail(error)
+
+    def _complete(self) -> None:
         started = time.perf_counter()
         finals = self._finals
         self.timings = replace(
@@ -275,33 +288,44 @@ class Request:
         transcription = transcription_of(
             finals, self._plan.language, self.duration, self.timings, self._warnings
         )
-        if self._end("completed") and self.future.set_running_or_notify_cancel():
-            self.future.set_result(transcription)
+        self._end("completed", partial(self.future.set_result, transcription))
 
-    def _fail(self, error: Exception) -> None:
-        if self._end("failed") and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+    def _fail(self, error: BaseException) -> None:
+        self._end("failed", partial(self.future.set_exception, error))
 
     def _note_cancelled(self, future: Future[Transcription]) -> None:
         if future.cancelled():
             self._utterance.cancel()
-            self._end("cancelled")
+            self._end("cancelled", None)
 
-    def _end(self, outcome: Literal["completed", "failed", "cancelled"]) -> bool:
-        """Note that all is over and let go of what is held; False if that is so already."""
+    def _end(
+        self,
+        outcome: Literal["completed", "failed", "cancelled"],
+        resolve: Callable[[], None] | None,
+    ) -> None:
+        """Let go of what is held, and then resolve the future; only the first call counts."""
         with self._lock:
             if self._is_over:
-                return False
+                return
+            # From here on it cannot be cancelled; and who waits for one that was is told.
+            if not self.future.set_running_or_notify_cancel():
+                outcome, resolve = "cancelled", None
             self._is_over = True
             self.outcome = outcome
+            self._resolve = resolve
             is_reading = self._is_reading
         if not is_reading:
             self._release()
-        return True
 
     def _release(self) -> None:
-        self._samples = None
+        self._source = self._samples = None
         buffer, self._buffer = self._buffer, None
         if buffer is not None:
             buffer.release()
-        self._on_over(self)
+        # Whoever keeps the future keeps this request, but not the engine.
+        on_over, self._on_over = self._on_over, None
+        if on_over is not None:
+            on_over(self)
+        resolve, self._resolve = self._resolve, None
+        if resolve is not None:
+            resolve()

@@ -107,6 +107,8 @@ class UtteranceOptions:
         for name in ("language", "initial_prompt"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise OptionError(f"{name}: must be text or None, not {getattr(self, name)!r}")
+        if not isinstance(self.task, str):
+            raise OptionError(f"task: must be text, not {self.task!r}")
         for name in ("suppress_blank", "condition_on_previous_text", "vad"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: must be True or False, not {getattr(self, name)!r}")
@@ -130,7 +132,11 @@ class UtteranceOptions:
                 raise OptionError(
                     f"suppress_tokens: must be ids or None, not {self.suppress_tokens!r}"
                 ) from error
-        if self.audio_context not in (None, "full", "auto"):
+            for token in self.suppress_tokens:
+                if not isinstance(token, Integral):
+                    raise OptionError(f"suppress_tokens: {token!r} is not a token id")
+        context = self.audio_context
+        if not (context is None or (isinstance(context, str) and context in ("full", "auto"))):
             raise OptionError(
                 f"audio_context: must be 'full', 'auto' or None, not {self.audio_context!r}"
             )
@@ -264,7 +270,7 @@ def make_plan(model: Model, options: UtteranceOptions) -> Plan:
     capabilities = model.capabilities
     most = capabilities.max_prompt_tokens if tokenizer.sot_prev is not None else 0
     prompt: list[int] = []
-    if options.initial_prompt is not None:
+    if options.initial_prompt is not None and options.initial_prompt.strip():
         prompt = tokenizer.encode(" " + options.initial_prompt.strip())
         if len(prompt) > most:
             warnings.append(f"initial_prompt: only its last {most} tokens are used")

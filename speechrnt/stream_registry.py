@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from .batching import Dispatcher
 from .errors import ModelError, Overloaded, UtteranceError
 from .latency import HistogramSnapshot
 from .streaming import Stream, StreamCounters
@@ -63,21 +64,22 @@ class StreamRegistry:
     ----------
     most
         How many there may be.
-    backlog_s
+    dispatcher
         Tells how many seconds of work wait for the model.
     """
 
-    def __init__(self, most: int, backlog_s: Callable[[], float]) -> None:
+    def __init__(self, most: int, dispatcher: Dispatcher) -> None:
         self.counters = StreamCounters()
-        self._here = threading.local()
+        self._here = here = threading.local()
         self.threads = ThreadPoolExecutor(
             _CALLBACK_THREADS,
             "speechrnt-callback",
-            initializer=lambda: setattr(self._here, "is_callback", True),
+            # The threads keep this function, which must not keep the registry.
+            initializer=lambda: setattr(here, "is_callback", True),
         )
         self.closed = False
         self._most = most
-        self._backlog_s = backlog_s
+        self._dispatcher = dispatcher
         self._changed = threading.Condition()
         self._streams: dict[str, Stream] = {}
         self._reserved: set[str] = set()
@@ -105,7 +107,7 @@ class StreamRegistry:
         """
         if utterance_id is not None and (not isinstance(utterance_id, str) or not utterance_id):
             raise UtteranceError(f"utterance_id: must be a text, not {utterance_id!r}")
-        backlog_s = self._backlog_s()
+        backlog_s = self._dispatcher.backlog_s
         with self._changed:
             if self.closed:
                 raise ModelError("the engine is closed")

@@ -26,10 +26,11 @@ from ._sched import Priority, Scheduler
 from ._sched_types import SchedulerStatistics
 from .audio import SAMPLE_RATE, AudioInput
 from .batch_sizes import BatchSizes, Costs
-from .batching import Dispatcher, DispatcherStatistics, Executor
+from .batching import Dispatcher, DispatcherStatistics
 from .config import HardwareProfile, OptimizationConfig, detect_hardware, recommend
 from .errors import ModelError, OptionError, Overloaded, PoolExhausted
 from .events import Event
+from .executor import Executor, InlineExecutor, SchedulerExecutor
 from .latency import STAGES, Histogram, HistogramSnapshot
 from .maintenance import Maintenance, maintain_on
 from .models import DEFAULT_MODEL, Model, load_model, resolve_device
@@ -62,20 +63,39 @@ def _close_all() -> None:
 atexit.register(_close_all)
 
 
-class _Inline:
-    """Runs what it is given at once, in the thread that gives it."""
+def _abandon(
+    process: int,
+    dispatcher: Dispatcher,
+    scheduler: Scheduler | None,
+    maintenance: Maintenance | None,
+) -> None:
+    """Let the threads of an engine end that nobody refers to; called at any time, by any thread."""
+    if os.getpid() != process:
+        return
+    dispatcher.close(wait=False)
+    if maintenance is not None:
+        maintenance.close()
+    if scheduler is not None:
+        scheduler.shutdown(wait=False)
 
-    def submit_nowait(
-        self,
-        fn: Callable[..., object],
-        /,
-        *args: Any,
-        priority: Priority,  # noqa: ARG002 - nothing waits
-    ) -> None:
-        try:
-            fn(*args)
-        except Exception:
-            logger.exception("a task failed")
+
+def _fitting_batch(model: Model, wanted: int, frames: int) -> int:
+    """Return how many windows of a context the memory holds while all workers decode."""
+    whisper = model.whisper
+    if model.shape is None or whisper.device == "cuda":  # for a GPU, see `load_model`
+        return wanted
+    try:
+        return sizing.fit(
+            model.shape,
+            usable_memory() // 2,
+            [whisper.compute_type],
+            device=whisper.device,
+            batch=wanted,
+            num_workers=whisper.num_workers,
+            audio_positions=(frames + 1) // 2,
+        ).decode_batch
+    except PoolExhausted:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,7 @@ class PerformanceOptimizedSTT:
 
     All methods may be called from any thread. The engine belongs to its process: in a forked child
     it raises `ModelError`. An engine that is not closed is when the interpreter exits, after the
-    requests that are under way.
+    requests that are under way; one that nothing refers to ends by itself.
 
     Parameters
     ----------
@@ -193,21 +213,17 @@ class PerformanceOptimizedSTT:
         self._results = TranscriptionResultPool(
             PoolLimits(max_size=config.result_records, overflow="allocate")
         )
-        self._streams = StreamRegistry(config.max_concurrent_utterances, self._backlog_s)
         self._scheduler: Scheduler | None = None
-        self._maintenance: Maintenance | None = None
-        executor: Executor = _Inline()
+        executor: Executor = InlineExecutor()
         if config.enable_async_processing:
-            executor = self._scheduler = Scheduler(
+            self._scheduler = Scheduler(
                 config.thread_pool_size or cores, stealing=config.enable_work_stealing
             )
-            self._maintenance = maintain_on(
-                self._scheduler,
-                [self._buffers, self._results, self._streams, inference_memory],
-                config.cleanup_interval_s,
-            )
+            executor = SchedulerExecutor(self._scheduler)
         windows_in_flight = _BATCHES_IN_FLIGHT * config.max_batch_size
-        self._sizes = BatchSizes(config.max_batch_size, self._fitting_batch, device)
+        # Nothing below refers to the engine, which would never be collected.
+        fitting_batch = partial(_fitting_batch, self.model, config.max_batch_size)
+        self._sizes = BatchSizes(config.max_batch_size, fitting_batch, device)
         self._dispatcher = Dispatcher(
             self.model,
             workers,
@@ -226,6 +242,18 @@ class PerformanceOptimizedSTT:
             windows_in_flight,
         )
         self._plan = lru_cache(_PLANS_CACHED)(partial(make_plan, self.model))
+        self._streams = StreamRegistry(config.max_concurrent_utterances, self._dispatcher)
+        self._maintenance: Maintenance | None = None
+        if self._scheduler is not None:
+            self._maintenance = maintain_on(
+                self._scheduler,
+                [self._buffers, self._results, self._streams, inference_memory],
+                config.cleanup_interval_s,
+            )
+        self._finalizer = weakref.finalize(
+            self, _abandon, self._process, self._dispatcher, self._scheduler, self._maintenance
+        )
+        self._finalizer.atexit = False  # `_close_all` comes then
         _engines.add(self)
 
     def transcribe_async(
@@ -443,7 +471,14 @@ class PerformanceOptimizedSTT:
         VoiceActivityDetector()
 
     def statistics(self) -> EngineStatistics:
-        """Return what was counted so far."""
+        """Return what was counted so far.
+
+        Raises
+        ------
+        ModelError
+            If the engine belongs to the parent process.
+        """
+        self._check_process()
         with self._changed:
             counts = {name: self._counts[name] for name in _COUNTS}
             live, audio_s = self._n_live, self._audio_s
@@ -531,32 +566,9 @@ class PerformanceOptimizedSTT:
             or (self._scheduler is not None and self._scheduler.is_worker())
         )
 
-    def _backlog_s(self) -> float:
-        return self._dispatcher.backlog_s
-
     def _remake_plan(self, options: Mapping[str, Any]) -> Plan:
         options = dict(options)
         return self._checked_plan(options.pop("language"), options)
-
-    def _fitting_batch(self, frames: int) -> int:
-        """Return how many windows of a context the memory holds while all workers decode."""
-        whisper, wanted = self.model.whisper, self.config.max_batch_size
-        if self.model.shape is None:
-            return wanted
-        if whisper.device == "cuda":
-            return wanted  # see `load_model`
-        try:
-            return sizing.fit(
-                self.model.shape,
-                usable_memory() // 2,
-                [whisper.compute_type],
-                device=whisper.device,
-                batch=wanted,
-                num_workers=whisper.num_workers,
-                audio_positions=(frames + 1) // 2,
-            ).decode_batch
-        except PoolExhausted:
-            return 1
 
     def _check_process(self) -> None:
         # Before any lock, which another thread may have held at the fork.

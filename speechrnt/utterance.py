@@ -108,7 +108,7 @@ class UtterancePipeline:
     buffers
         For features.
     windows_in_flight
-        Windows of one utterance that may wait for the model.
+        Windows of one utterance that the model is given at the same time.
     """
 
     def __init__(
@@ -470,6 +470,8 @@ class Utterance:
     def _submit(self) -> None:
         """Hand over the windows whose prompts are known; called with the lock."""
         for position, window in enumerate(self._windows):
+            if position >= self._pipeline.windows_in_flight:
+                break
             if window.job is not None or window.results:
                 continue
             assert window.features is not None
@@ -567,6 +569,13 @@ class Utterance:
 
     def _done(self, window: _Window, result: JobResult) -> None:
         """Take what the model says of a window."""
+        try:
+            self._take_result(window, result)
+        except Exception as error:
+            logger.exception("a result could not be used")
+            self._fail(window, error)
+
+    def _take_result(self, window: _Window, result: JobResult) -> None:
         started = time.perf_counter()
         assert window.job is not None
         job = window.job
