@@ -16,7 +16,7 @@ import ctranslate2
 import huggingface_hub
 from tqdm import tqdm
 
-from . import _mel, cublas, inference_memory
+from . import _mel, cublas, handover, inference_memory
 from ._version import __version__
 from .errors import SpeechRNTError
 from .formats import WRITERS
@@ -277,6 +277,7 @@ def _info(_options: argparse.Namespace) -> int:
     }
     if no_gpu is None:
         facts["inference memory, cuda"] = inference_memory.status("cuda")
+        facts["features, cuda"] = handover.status()
     facts["cublas"] = cublas.status()
     for device in ("cpu",) if no_gpu else ("cpu", "cuda"):
         types = ctranslate2.get_supported_compute_types(device)

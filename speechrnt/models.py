@@ -33,6 +33,7 @@ from .errors import (
     OptionError,
     PoolExhausted,
 )
+from .handover import FeatureHandover, open_handover
 from .hub import (
     EMBEDDED_MODELS,
     HUB_MODELS,
@@ -203,6 +204,8 @@ class Model:
         What it was trained for.
     shape
         Its dimensions; None if its file is of a kind that only CTranslate2 can read.
+    handover
+        What takes features to its GPU; None on the CPU, and where CTranslate2 does.
     """
 
     name: str
@@ -210,6 +213,7 @@ class Model:
     tokenizer: Tokenizer
     capabilities: Capabilities
     shape: ModelShape | None = None
+    handover: FeatureHandover | None = field(default=None, repr=False)
     _process: int = field(default_factory=os.getpid, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -245,6 +249,9 @@ class Model:
             next call may run on any of them.
         """
         whisper = self._here()
+        if self.handover is not None:
+            with _calls:
+                return self.handover.encode(whisper, features)
         to_cpu = whisper.device == "cuda" and len(whisper.device_index) > 1
         with _calls:
             return whisper.encode(ctranslate2.StorageView.from_array(features), to_cpu=to_cpu)
@@ -346,6 +353,8 @@ def load_model(
         If this process was forked from one that had loaded a model.
     GpuUnavailable
         If CTranslate2 sees the GPU but cannot use it, as cuBLAS 12 is not installed.
+    GpuError
+        If the driver refused what a GPU needs.
 
     Notes
     -----
@@ -425,7 +434,10 @@ def load_model(
         )
     except ModelLoadError as error:
         raise ModelLoadError(f"{name}: {error}") from error
-    return Model(name, whisper, tokenizer, capabilities, shape)
+    # With several GPUs, nobody knows yet which of them a call will run on.
+    on_one_gpu = device == "cuda" and len(indices) == 1
+    handover = open_handover(indices[0], whisper.compute_type) if on_one_gpu else None
+    return Model(name, whisper, tokenizer, capabilities, shape, handover)
 
 
 def resolve_device(device: str) -> str:

@@ -533,6 +533,7 @@ def test_info_tells_what_the_machine_offers(call, monkeypatch, gpus):
     assert facts["cublas"] == speechrnt.cublas.status()
     if gpus:
         assert facts["inference memory, cuda"] == speechrnt.inference_memory.status("cuda")
+        assert facts["features, cuda"] == speechrnt.handover.status()
         assert facts["gpu"] == "2 CUDA device(s)"
         assert facts["compute types, cuda"] == "bfloat16, float16"
     else:

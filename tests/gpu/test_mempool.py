@@ -230,9 +230,10 @@ def test_trimming_gives_back_what_is_idle_and_waits_for_what_is_not(engine):
     assert inference_memory().reserved == reserved - given_back >= 100 * MIB
     engine.give_back()
     assert trim_inference_memory(keep=32 * MIB) > 0
-    assert inference_memory().reserved == 32 * MIB
-    assert trim_inference_memory(keep=32 * MIB) == 0
-    assert trim_inference_memory() == 32 * MIB
+    kept = inference_memory().reserved
+    assert 32 * MIB <= kept <= 64 * MIB
+    assert trim_inference_memory(keep=kept) == 0
+    assert trim_inference_memory() == kept
     assert trim_inference_memory() == 0
 
 
