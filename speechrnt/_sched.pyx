@@ -567,6 +567,7 @@ class Scheduler(Executor):
         self._stall_after_s = stall_after
         self._core = core = Core(high, reserved, max_queued, count, cores)
         core.sched.stealing = stealing
+        core.sched.searching_allowed = default_count() > 1
         core.at_exit = at_exit
         self._watch = Watch(core, high, reserved, low, high)
         period_s = stall_after / 4

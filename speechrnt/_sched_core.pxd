@@ -90,6 +90,7 @@ cdef struct worker_t:
     # The worker's own, up to the counters.
     uint64_t picks
     uint64_t random
+    bint searched            # since the last task
     bint in_gate
     int entered              # what gate.enter returned
     int slice_tasks          # gated tasks since entering
@@ -113,7 +114,8 @@ cdef struct sched_t:
     int n_workers
     int reserved             # workers at the end that serve only CRITICAL and HIGH
     int64_t max_queued
-    bint stealing            # set before the workers start
+    bint stealing            # set before the workers start, as the next
+    bint searching_allowed   # worthless with one CPU: whoever could queue work is not running
     gate_t gate
     char[128] apart1
     atomic[uint64_t] idle    # workers that sleep, or are about to
@@ -121,6 +123,7 @@ cdef struct sched_t:
     atomic[uint64_t] active  # workers that may take what is not theirs
     atomic[int] state
     atomic[bint] cancelling
+    atomic[int] searching    # workers that look for work before they sleep
     atomic[int] drain_waiters
     atomic[int] gate_waiters
     Monitor quiet            # notified when the last task is done and somebody waits for that

@@ -36,6 +36,14 @@ cdef extern from *:
 
     static thread_local void *speechrnt_this_worker = nullptr;
 
+    #if defined(__x86_64__) || defined(__i386__)
+    #define speechrnt_pause() __builtin_ia32_pause()
+    #elif defined(__aarch64__)
+    #define speechrnt_pause() __asm__ volatile("isb")
+    #else
+    #define speechrnt_pause() ((void) 0)
+    #endif
+
     static inline int speechrnt_octave(unsigned long long value) {
         return 63 - __builtin_clzll(value);
     }
@@ -43,11 +51,14 @@ cdef extern from *:
     T *make "speechrnt_make"[T](size_t count) noexcept nogil
     void unmake "speechrnt_unmake"[T](T *array) noexcept nogil
     void *this_worker "speechrnt_this_worker"
+    void pause "speechrnt_pause"() noexcept nogil
     int octave "speechrnt_octave"(uint64_t value) noexcept nogil
 
 cdef enum:
     ADMISSION_CLOSED = 1
     BATCH = 32             # most tasks that a worker takes from a queue at once
+    LOOKS = 16             # for work before sleeping, in some 3 µs: less than a wake-up costs
+    PAUSES = 8             # between looks, which slow those down who push
     SLICE_TASKS = 8        # gated tasks before the gate is offered to others
     SLICE_NS = 200_000
     SAMPLE_PERIOD = 64     # native tasks per sampled one: two clock reads cost more than a task
@@ -168,6 +179,11 @@ cdef bint sched_is_worker(sched_t *sched) noexcept nogil:
 cdef void wake_for(sched_t *sched, int level) noexcept nogil:
     """Wake one worker that may serve `level`, if one is idle. The work is queued already."""
     cdef uint64_t among = sched.active.load(memory_order_relaxed)
+    atomic_thread_fence(memory_order_seq_cst)  # pairs with search
+    if sched.searching.load(memory_order_relaxed) != 0:
+        return  # it will find the work, or wake another
+    if sched.idle.load(memory_order_relaxed) & among == 0:
+        return
     if level > SCHED_HIGH:
         among &= first_bits(sched.n_workers - sched.reserved)
     cdef int index = idle_choose(&sched.idle, among)
@@ -460,7 +476,25 @@ cdef void gate_yield(worker_t *worker) noexcept nogil:
         gate_wait(worker)
 
 
-cdef task_t *steal(worker_t *worker, int level) noexcept nogil:
+cdef void steal_more(worker_t *worker, ring_t *theirs, int level) noexcept nogil:
+    """Move up to half of a ring over, so that the two workers meet there less often."""
+    cdef ring_t *ring = &worker.rings[level]
+    cdef void *task
+    cdef bint moved = False
+    for _ in range(min(ring_size(theirs) // 2, BATCH - 1)):
+        if not ring_has_room(ring):
+            break
+        task = ring_take(theirs)
+        if task == NULL:
+            break
+        ring_push(ring, task)
+        bump(&worker.stolen)
+        moved = True
+    if moved:
+        wake_for(worker.sched, level)  # for a while, the tasks were on no ring
+
+
+cdef task_t *steal(worker_t *worker, int level, bint more) noexcept nogil:
     """Take the oldest task of some other worker's ring, starting at a random one."""
     cdef sched_t *sched = worker.sched
     cdef task_t *task
@@ -480,6 +514,8 @@ cdef task_t *steal(worker_t *worker, int level) noexcept nogil:
             task = <task_t *>ring_take(&victim.rings[level])
             if task != NULL:
                 bump(&worker.stolen)
+                if more:
+                    steal_more(worker, &victim.rings[level], level)
                 return task
     return NULL
 
@@ -499,7 +535,7 @@ cdef task_t *pick_fair(worker_t *worker, uint64_t turn) noexcept nogil:
         elif source == SOURCE_NATIVE:
             task = take_native(worker, level)
         elif source == SOURCE_VICTIMS:
-            task = steal(worker, level)
+            task = steal(worker, level, False)
         elif is_queued(worker.sched, LEVELS + level):
             if worker.in_gate or gate_enter(worker):
                 task = take_gated(worker, level)
@@ -551,7 +587,7 @@ cdef task_t *pick(worker_t *worker) noexcept nogil:
                 elif gate_enter(worker):
                     return pick(worker)  # entering took its time: what is best now?
     for level in range(SCHED_HIGH, worker.levels):
-        task = steal(worker, level)
+        task = steal(worker, level, True)
         if task != NULL:
             return task
     return NULL
@@ -568,30 +604,30 @@ cdef task_t *pick_to_help(worker_t *worker) noexcept nogil:
     for level in range(worker.levels):
         task = take_native(worker, level)
         if task == NULL:
-            task = steal(worker, level)
+            task = steal(worker, level, True)
         if task != NULL:
             return task
     return NULL
 
 
-cdef bint sees_work(worker_t *worker) noexcept nogil:
-    """Tell whether `pick` may find something."""
+cdef int seen_level(worker_t *worker) noexcept nogil:
+    """The highest priority at which `pick` may find something, or -1."""
     cdef sched_t *sched = worker.sched
     cdef bint active = is_active(worker)
+    cdef bint gated = active and (
+        not sched.gate.exclusive or sched.gate_waiters.load(memory_order_relaxed) == 0
+    )
     cdef int index, level
-    if active:
-        for level in range(worker.levels):
-            if is_queued(sched, level):
-                return True
-        if first_gated(sched, worker.levels) >= 0:
-            if not sched.gate.exclusive or sched.gate_waiters.load(memory_order_relaxed) == 0:
-                return True
-    for index in range(sched.n_workers):
-        if index == worker.index or (active and sched.stealing):
-            for level in range(SCHED_HIGH, worker.levels):
+    for level in range(worker.levels):
+        if active and is_queued(sched, level):
+            return level
+        if gated and is_queued(sched, LEVELS + level):
+            return level
+        for index in range(sched.n_workers):
+            if index == worker.index or (active and sched.stealing):
                 if ring_size(&sched.workers[index].rings[level]) > 0:
-                    return True
-    return False
+                    return level
+    return -1
 
 
 cdef bint is_quiescent(sched_t *sched) noexcept nogil:
@@ -627,6 +663,35 @@ cdef void announce_quiet(sched_t *sched) noexcept nogil:
     sched.quiet.unlock()
 
 
+cdef bint search(worker_t *worker) noexcept nogil:
+    """Look for work for a little while, during which nobody is woken; tell whether there is some.
+
+    If so, and `pick` then finds it, `wake_after_search` must follow.
+    """
+    cdef sched_t *sched = worker.sched
+    if not sched.searching_allowed or worker.levels < LEVELS or not is_active(worker):
+        return False
+    worker.searched = False
+    sched.searching.fetch_add(1, memory_order_relaxed)
+    for _ in range(LOOKS):
+        for _ in range(PAUSES):
+            pause()
+        if seen_level(worker) >= 0:
+            worker.searched = True
+            break
+    sched.searching.fetch_sub(1, memory_order_seq_cst)
+    atomic_thread_fence(memory_order_seq_cst)  # pairs with wake_for
+    return worker.searched
+
+
+cdef void wake_after_search(worker_t *worker) noexcept nogil:
+    """Wake a worker for what was queued during the search besides the task that was found."""
+    cdef int level = seen_level(worker)
+    worker.searched = False
+    if level >= 0:
+        wake_for(worker.sched, level)
+
+
 cdef void park(worker_t *worker) noexcept nogil:
     cdef sched_t *sched = worker.sched
     cdef uint64_t bit = <uint64_t>1 << worker.index
@@ -638,7 +703,7 @@ cdef void park(worker_t *worker) noexcept nogil:
         or sched.drain_waiters.load(memory_order_relaxed) != 0
     ):
         announce_quiet(sched)
-    if sched.state.load(memory_order_relaxed) >= SCHED_STOPPED or sees_work(worker):
+    if sched.state.load(memory_order_relaxed) >= SCHED_STOPPED or seen_level(worker) >= 0:
         if idle_retract(&sched.idle, bit):
             return
     since = now_ns()
@@ -697,8 +762,12 @@ cdef void sched_work(sched_t *sched, int index) noexcept nogil:
             gate_leave(worker)
             if sched.state.load(memory_order_acquire) >= SCHED_STOPPED:
                 break
-            park(worker)
-        elif task.gated:
+            if not search(worker):
+                park(worker)
+            continue
+        if worker.searched:
+            wake_after_search(worker)
+        if task.gated:
             worker.slice_tasks += 1
             run(worker, task)
         else:

@@ -273,6 +273,75 @@ def test_broken_parking(without):
         explore(PARKING, [submitter(2, without), worker(2, without)], no_post_is_left)
 
 
+# Searching: see search, wake_after_search and wake_for in speechrnt/_sched_core.pyx. One worker is
+# about to end its search, during which nobody is woken; another one sleeps, or is about to. Two
+# tasks are submitted, and each worker runs one of them for ever.
+
+
+def found_task():
+    for task in ("task1", "task2"):
+        if (yield "load", task) and (yield "exchange", task, 0):
+            return True
+    return False
+
+
+def sees_task():
+    return (yield "load", "task1") or (yield "load", "task2")
+
+
+def wake_unless_searching(without=""):
+    if without != "submitter's fence":
+        yield "fence", None
+    if (yield "load", "searching"):
+        return
+    for worker in "ab":
+        if (yield "load", f"idle {worker}") and (yield "exchange", f"idle {worker}", 0):
+            yield "exchange", f"semaphore {worker}", 1
+            return
+
+
+def searching_submitter(task, without):
+    def program():
+        yield "store", task, 1
+        yield from wake_unless_searching(without)
+
+    return program
+
+
+def sleeper(worker, without, searches):
+    def program():
+        if searches:
+            yield "add", "searching", -1
+            if (yield from found_task()):
+                if without != "look after the search" and (yield from sees_task()):
+                    yield from wake_unless_searching()
+                return
+        while not (yield from found_task()):
+            yield "exchange", f"idle {worker}", 1
+            if (yield from sees_task()) and (yield "exchange", f"idle {worker}", 0):
+                continue
+            yield "wait", f"semaphore {worker}"
+
+    return program
+
+
+@pytest.mark.parametrize("without", ["", "submitter's fence", "look after the search"])
+def test_who_searches_wakes(without):
+    programs = [
+        searching_submitter("task1", without),
+        searching_submitter("task2", without),
+        sleeper("a", without, searches=True),
+        sleeper("b", without, searches=False),
+    ]
+    names = [f"{kind} {worker}" for kind in ("idle", "semaphore") for worker in "ab"]
+    memory = dict.fromkeys([*names, "task1", "task2"], 0) | {"searching": 1}
+    if without:
+        with pytest.raises(BrokenError, match="stuck"):
+            explore(memory, programs, lambda *_: True)
+    else:
+        assert explore(memory, programs, lambda *_: True) > 1000
+
+
 # Submission: see admit, push_stack and flush in speechrnt/_sched_core.pyx. A task is its number,
 # and the task below it on the stack is in next<number>.
 
