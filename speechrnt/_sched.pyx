@@ -892,6 +892,8 @@ cdef list submit_many(Core core, function, arguments, priority):
     priority = checked_priority(priority)
     core.check_open()
     for args in arguments:
+        if len(tasks) == core.sched.max_queued:  # `arguments` may have no end
+            raise Overloaded(f"more tasks at once than may wait, which is {len(tasks)}")
         future = new_future()
         tasks.append(new_task(function, tuple(args), None, priority, future))
         futures.append(future)

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from concurrent import futures
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 
 import pytest
@@ -462,6 +462,8 @@ class TestPython:
                 first = scheduler.submit_many(order.append, [[i] for i in range(6)])
                 with pytest.raises(Overloaded, match="no room for 5 more: 6 tasks"):
                     scheduler.submit_many(order.append, [["refused"]] * 5)
+                with pytest.raises(Overloaded, match="more tasks at once than may wait"):
+                    scheduler.submit_many(order.append, repeat(["refused"]))
                 last = scheduler.submit_many(order.append, [[i] for i in range(6, 10)])
             futures.wait(first + last)
             assert order == list(range(10))
@@ -852,6 +854,7 @@ class TestInput:
             ({"max_queued": 2**40}, "max_queued must be from 1"),
             ({"stall_after": 0}, "stall_after must be a positive"),
             ({"stall_after": float("nan")}, "stall_after must be a positive"),
+            ({"stall_after": 10**400}, "stall_after must be a number of seconds"),
             ({"stall_after": "long"}, "stall_after must be a number of seconds"),
             ({"stealing": None}, "stealing must be True or False, not None"),
             ({"at_exit": "hang"}, "at_exit must be 'drain' or 'cancel', not 'hang'"),
