@@ -123,7 +123,7 @@ class Maintenance:
             self._closed
             or scheduler is None
             or scheduler.health().state != "running"
-            or not any(map(_living, self._pools))
+            or not any(_is_living(pool) for pool in self._pools)
         )
 
     def close(self) -> None:
@@ -165,20 +165,20 @@ class Maintenance:
         if self._closed:
             return
         for reference in self._pools:
-            pool = _living(reference)
+            pool = reference()
             try:
-                if pool is not None:
+                if pool is not None and _is_living(reference):
                     pool.maintain()
             except BaseException:  # of a callable of the pool's user, which may raise anything
                 report_exception()
             del pool  # or it would live until the next one, or the next round
-        self._pools = list(filter(_living, self._pools))
+        self._pools = [pool for pool in self._pools if _is_living(pool)]
         self.rounds += 1
         if self._pools:
             self._wait()
 
 
-def _living(reference: weakref.ref[Any]) -> Any:
-    """Return the pool, or None if it is gone or closed."""
+def _is_living(reference: weakref.ref[Any]) -> bool:
+    """Whether the pool is neither gone nor closed."""
     pool = reference()
-    return None if getattr(pool, "closed", False) else pool
+    return pool is not None and not getattr(pool, "closed", False)
