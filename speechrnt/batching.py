@@ -226,6 +226,7 @@ class Dispatcher:
         self._queue: JobQueue[Job] = JobQueue()
         self._is_closed = False
         self._running = 0
+        self._busy_since: dict[threading.Thread, float] = {}
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self._encode_s = 0.0
@@ -346,6 +347,19 @@ class Dispatcher:
 
         return self._sizes.measure(frames, encode, prepare)
 
+    @property
+    def queue_use(self) -> float:
+        """Jobs that wait, as a share of the most allowed."""
+        return len(self._queue) / self._max_queued
+
+    def delays(self) -> tuple[float, float]:
+        """Return how long the oldest job has waited, and the longest call has run, in seconds."""
+        now = time.monotonic()
+        with self._changed:
+            oldest = min((job.queued_at for job in self._queue), default=now)
+            longest = min(self._busy_since.values(), default=now)
+        return now - oldest, now - longest
+
     def close(self, cancel: bool = False, wait: bool = True) -> None:
         """Accept nothing more, do what waits, and end the workers.
 
@@ -394,6 +408,8 @@ class Dispatcher:
                 job = self._queue.pick()
                 assert job is not None
                 in_time = self._admit(job)
+                if in_time:
+                    self._busy_since[threading.current_thread()] = time.monotonic()
             if not in_time:
                 self._expire(job)
                 del job
@@ -408,6 +424,8 @@ class Dispatcher:
                 self._answer(batch, results)
                 del results
             del batch
+            with self._changed:
+                del self._busy_since[threading.current_thread()]
 
     def _admit(self, job: Job) -> bool:
         """Count a picked job as running, unless it is too late for it; called with the lock."""

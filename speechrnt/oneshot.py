@@ -131,6 +131,8 @@ class Request:
         Cancelling it takes back all that the model has not begun with.
     outcome : str
         ``"completed"``, ``"failed"`` or ``"cancelled"``, once it is over.
+    error : Exception or None
+        Why it failed.
     timings : StageTimings
         Of a completed request.
     duration : float
@@ -168,6 +170,7 @@ class Request:
         self._buffer: AudioBuffer | None = None
         self._resolve: Callable[[], None] | None = None
         self.future: Future[Transcription] = Future()
+        self.error: BaseException | None = None
         self.timings = StageTimings()
         self.duration = 0.0
         if not (isinstance(audio, str | PathLike) or hasattr(audio, "read")):
@@ -291,6 +294,7 @@ class Request:
         self._end("completed", partial(self.future.set_result, transcription))
 
     def _fail(self, error: BaseException) -> None:
+        self.error = error
         self._end("failed", partial(self.future.set_exception, error))
 
     def _note_cancelled(self, future: Future[Transcription]) -> None:

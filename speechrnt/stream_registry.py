@@ -169,6 +169,16 @@ class StreamRegistry:
                 self._closed_streams += 1
             self._changed.notify_all()
 
+    @property
+    def stalled(self) -> int:
+        """Open streams that get no text for their audio."""
+        return sum(stream.is_stalled for stream in list(self._streams.values()))
+
+    @property
+    def use(self) -> float:
+        """Open streams, as a share of the most allowed."""
+        return len(self._streams) / self._most
+
     def maintain(self) -> None:
         """Look after the streams; for `maintain_on`."""
         now = time.monotonic()

@@ -472,6 +472,11 @@ class Stream:
 
     # What the engine calls.
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether audio was taken, and nothing has been decoded for long."""
+        return self._has_stalled
+
     def check(self, now: float, stalled_after_s: float) -> None:
         """Look after the stream: end it where nobody does, and tell if nothing comes of it."""
         idle = self._options.idle_timeout_s

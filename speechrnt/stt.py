@@ -12,36 +12,38 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import fields
 from functools import lru_cache, partial
 from numbers import Real
 from os import PathLike
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from typing_extensions import Self
 
 from . import inference_memory, sizing
 from ._sched import Priority, Scheduler
-from ._sched_types import SchedulerStatistics
 from .audio import SAMPLE_RATE, AudioInput
 from .batch_sizes import BatchSizes, Costs
-from .batching import Dispatcher, DispatcherStatistics
+from .batching import Dispatcher
 from .config import HardwareProfile, OptimizationConfig, detect_hardware, recommend
-from .errors import ModelError, OptionError, Overloaded, PoolExhausted
+from .errors import ModelError, OptionError, Overloaded, PoolExhausted, SpeechRNTError
 from .events import Event
 from .executor import Executor, InlineExecutor, SchedulerExecutor
-from .latency import STAGES, Histogram, HistogramSnapshot
+from .latency import STAGES, Histogram
 from .maintenance import Maintenance, maintain_on
 from .models import DEFAULT_MODEL, Model, load_model, resolve_device
+from .monitoring import MIB, EngineHealth, EngineStatistics, HealthFacts, as_json, judge, report
 from .oneshot import Request, Transcription
 from .pcm import AudioChunk
 from .plan import Plan, UtteranceOptions, make_plan
-from .pools import AudioBufferPool, PoolLimits, PoolStatistics, TranscriptionResultPool
-from .stream_registry import StreamRegistry, StreamStatistics
+from .pools import AudioBufferPool, PoolLimits, TranscriptionResultPool
+from .stream_registry import StreamRegistry
 from .streaming import STREAM_OPTIONS, Pressure, Stream, StreamOptions
-from .system import usable_cores, usable_memory
-from .utterance import UtterancePipeline, UtteranceStatistics
+from .system import resident_memory, usable_cores, usable_memory
+from .utterance import UtterancePipeline
 from .vad import VoiceActivityDetector
 
 __all__ = ["EngineStatistics", "OptimizedSTTFactory", "PerformanceOptimizedSTT"]
@@ -96,41 +98,6 @@ def _fitting_batch(model: Model, wanted: int, frames: int) -> int:
         ).decode_batch
     except PoolExhausted:
         return 1
-
-
-@dataclass(frozen=True)
-class EngineStatistics:
-    """Counts since the engine was made; each part is consistent in itself.
-
-    Attributes
-    ----------
-    requests : Mapping of str to int
-        One-shot requests: ``"accepted"``, and of those ``"completed"``, ``"failed"`` and
-        ``"cancelled"``; ``"rejected"`` because too many were waiting.
-    live : int
-        Requests that wait or run.
-    audio_s : float
-        Seconds of audio in completed requests.
-    stages : Mapping of str to HistogramSnapshot
-        Of completed requests; see `StageTimings`.
-    streams
-        Streaming utterances.
-    utterances, dispatcher, scheduler
-        Windows, the model, and the work around it; no scheduler if there is none.
-    audio_buffers, results
-        The pools.
-    """
-
-    requests: Mapping[str, int]
-    live: int
-    audio_s: float
-    stages: Mapping[str, HistogramSnapshot]
-    streams: StreamStatistics
-    utterances: UtteranceStatistics
-    dispatcher: DispatcherStatistics
-    scheduler: SchedulerStatistics | None
-    audio_buffers: PoolStatistics
-    results: PoolStatistics
 
 
 class PerformanceOptimizedSTT:
@@ -204,6 +171,7 @@ class PerformanceOptimizedSTT:
         self._n_live = 0  # with those that are being made
         self._counts: Counter[str] = Counter()
         self._audio_s = 0.0
+        self._errors: Counter[str] = Counter()
         self._is_closed = False
 
         self._stages = {stage: Histogram() for stage in STAGES}
@@ -470,7 +438,7 @@ class PerformanceOptimizedSTT:
             self._dispatcher.measure(frames, plan.search)
         VoiceActivityDetector()
 
-    def statistics(self) -> EngineStatistics:
+    def get_performance_statistics(self) -> EngineStatistics:
         """Return what was counted so far.
 
         Raises
@@ -481,19 +449,113 @@ class PerformanceOptimizedSTT:
         self._check_process()
         with self._changed:
             counts = {name: self._counts[name] for name in _COUNTS}
-            live, audio_s = self._n_live, self._audio_s
+            live, audio_s, errors = self._n_live, self._audio_s, dict(self._errors)
+        stages = {stage: histogram.snapshot() for stage, histogram in self._stages.items()}
+        total = stages["total"]
+        scheduler = None if self._scheduler is None else self._scheduler.statistics()
         return EngineStatistics(
+            total_memory_usage_mb=resident_memory() / MIB,
+            active_threads=self.model.whisper.num_workers
+            + (0 if scheduler is None else scheduler.size),
+            average_transcription_latency_ms=1e3 * total.sum_s / max(total.count, 1),
             requests=counts,
             live=live,
             audio_s=audio_s,
-            stages={stage: histogram.snapshot() for stage, histogram in self._stages.items()},
+            errors=errors,
+            stages=stages,
             streams=self._streams.statistics(),
             utterances=self._pipeline.statistics(),
             dispatcher=self._dispatcher.statistics(),
-            scheduler=None if self._scheduler is None else self._scheduler.statistics(),
+            scheduler=scheduler,
             audio_buffers=self._buffers.statistics(),
             results=self._results.statistics(),
+            inference_memory=inference_memory.statistics(),
         )
+
+    statistics = get_performance_statistics
+
+    def get_performance_report(self, form: Literal["text", "json"] = "text") -> str:
+        """Return the statistics for reading, or as JSON.
+
+        Raises
+        ------
+        OptionError
+            If the form is neither.
+        """
+        if form == "text":
+            return report(self.get_performance_statistics())
+        if form == "json":
+            return as_json(self.get_performance_statistics())
+        raise OptionError(f"form: must be 'text' or 'json', not {form!r}")
+
+    def health(self, latency_bound_s: float = 10.0, probe_s: float | None = None) -> EngineHealth:
+        """Judge whether the engine can be trusted with more work.
+
+        Parameters
+        ----------
+        latency_bound_s
+            For how long a job may wait for the model, and a call of it run.
+        probe_s
+            Decode a second of noise now, and give it so many seconds. None: do not.
+        """
+        bound_s = _checked_seconds("latency_bound_s", latency_bound_s)
+        oldest_wait_s, longest_call_s = self._dispatcher.delays()
+        inference = inference_memory.statistics()
+        memory = {
+            "memory of the process": resident_memory() / usable_memory(),
+            "inference memory": inference.in_use / inference.limit if inference.limit else 0.0,
+            "audio buffers": self._buffers.health().utilisation,
+            "results": self._results.health().utilisation,
+        }
+        queues = {
+            "requests under way": self._n_live / self.config.max_queued_requests,
+            "open streams": self._streams.use,
+            "jobs waiting for the model": self._dispatcher.queue_use,
+        }
+        stalled_workers: Mapping[int, float] = {}
+        if self._scheduler is not None:
+            scheduler = self._scheduler.health()
+            queues["tasks waiting for a worker"] = scheduler.queue_use
+            stalled_workers = scheduler.stalled
+        probe = None
+        if probe_s is not None and not self._is_closed:
+            probe = self._probe(_checked_seconds("probe_s", probe_s))
+        facts = HealthFacts(
+            memory_use=memory,
+            queue_use=queues,
+            oldest_wait_s=oldest_wait_s,
+            longest_call_s=longest_call_s,
+            stalled_workers=stalled_workers,
+            stalled_streams=self._streams.stalled,
+            fragmentation=None,
+            free_share=None,
+            closed=self._is_closed,
+            probe=probe,
+        )
+        return judge(facts, bound_s)
+
+    def is_system_healthy(self) -> bool:
+        """Whether nothing is wrong; `health` says what is."""
+        return self.health().ok
+
+    def _probe(self, timeout_s: float) -> str | None:
+        """Decode something, and return why it failed."""
+        noise = np.random.default_rng(0).uniform(-0.01, 0.01, SAMPLE_RATE).astype(np.float32)
+        language = self.model.tokenizer.languages[0]
+        try:
+            future = self.transcribe_async(
+                noise, language, priority=Priority.CRITICAL, vad=False, beam_size=1
+            )
+        except SpeechRNTError as error:
+            return str(error)
+        try:
+            future.result(timeout_s)
+        except FutureTimeoutError:  # not the built-in one before Python 3.11
+            future.cancel()
+            return f"it was not done within {timeout_s} s"
+        except SpeechRNTError as error:
+            return str(error)
+        return None
 
     @property
     def costs(self) -> Mapping[int, Costs]:
@@ -607,6 +669,8 @@ class PerformanceOptimizedSTT:
             self._live.discard(request)
             self._n_live -= 1
             self._counts[request.outcome] += 1
+            if request.error is not None:
+                self._errors[type(request.error).__name__] += 1
             if request.outcome == "completed":
                 self._audio_s += request.duration
             self._changed.notify_all()

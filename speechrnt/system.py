@@ -6,17 +6,26 @@ import ctypes
 import math
 import os
 import platform
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import ctranslate2
 
-__all__ = ["cpu_name", "usable_cores", "usable_memory", "why_no_cuda", "why_no_gpu"]
+__all__ = [
+    "cpu_name",
+    "resident_memory",
+    "usable_cores",
+    "usable_memory",
+    "why_no_cuda",
+    "why_no_gpu",
+]
 
 _CUDA_ERROR_NO_DEVICE = 100
 _OLDEST_CUDA = 12000  # as the driver writes 12.0
 _CPUINFO = Path("/proc/cpuinfo")
+_STATM = Path("/proc/self/statm")
 _CGROUP_MEMBERSHIPS = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -43,6 +52,19 @@ def usable_memory() -> int:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = _cgroup_limits("memory", _read_memory_v2, _read_memory_v1)
     return min([memory, *map(int, limits)])
+
+
+def resident_memory() -> int:
+    """Return how much memory this process has resident, in bytes.
+
+    Where the system does not tell, the most that it has had so far.
+    """
+    try:
+        pages = int(_STATM.read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def cpu_name() -> str:

@@ -1,0 +1,171 @@
+"""An engine's statistics for Prometheus; needs the extra ``prometheus``.
+
+>>> from prometheus_client import REGISTRY, start_http_server
+>>> REGISTRY.register(EngineCollector(stt))
+>>> start_http_server(9090)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from .latency import HistogramSnapshot
+from .monitoring import EngineStatistics
+
+__all__ = ["EngineCollector"]
+
+
+# Always the same, as queries need. The statistics' own buckets are finer; those that reach across a
+# bound count above it.
+_BOUNDS_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+
+
+class _Engine(Protocol):
+    def get_performance_statistics(self) -> EngineStatistics: ...
+
+
+class EngineCollector(Collector):
+    """Collects an engine's statistics when they are scraped, and does nothing in between.
+
+    Parameters
+    ----------
+    engine
+        A `PerformanceOptimizedSTT`.
+    """
+
+    def __init__(self, engine: _Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        s = self._engine.get_performance_statistics()
+        streams, dispatcher = s.streams, s.dispatcher
+        yield _gauge(
+            "memory_resident_bytes", "Memory of the process.", s.total_memory_usage_mb * 2**20
+        )
+        yield _gauge("threads", "Workers of the scheduler and the model.", s.active_threads)
+
+        requests = CounterMetricFamily(
+            "speechrnt_requests", "One-shot requests.", labels=["outcome"]
+        )
+        for outcome, count in s.requests.items():
+            requests.add_metric([outcome], count)
+        yield requests
+        yield _gauge("requests_live", "One-shot requests that wait or run.", s.live)
+        yield _counter("audio_seconds", "Audio in completed requests.", s.audio_s)
+        errors = CounterMetricFamily("speechrnt_errors", "Failures.", labels=["code"])
+        for code, count in s.errors.items():
+            errors.add_metric([code], count)
+        yield errors
+        stages = HistogramMetricFamily(
+            "speechrnt_stage_seconds", "Time of the stages of requests.", labels=["stage"]
+        )
+        for stage, times in s.stages.items():
+            stages.add_metric([stage], _buckets(times), times.sum_s)
+        yield stages
+
+        yield _gauge("streams_open", "Streams that are not closed.", streams.open)
+        yield _counter("streams_started", "Streams that were started.", streams.started)
+        yield _counter("streams_refused", "Streams that were refused.", streams.refused)
+        events = CounterMetricFamily(
+            "speechrnt_stream_events", "What happened to streams.", labels=["event"]
+        )
+        for event, count in streams.counts.items():
+            events.add_metric([event], count)
+        yield events
+        for name, text, times in (
+            ("ttfs_seconds", "From the end of speech to its final text.", streams.ttfs),
+            ("partial_lag_seconds", "From audio to the partial with it.", streams.partial_lag),
+        ):
+            family = HistogramMetricFamily(f"speechrnt_{name}", text)
+            family.add_metric([], _buckets(times), times.sum_s)
+            yield family
+
+        queued = GaugeMetricFamily(
+            "speechrnt_queue_jobs", "Windows that wait for the model.", labels=["priority"]
+        )
+        for priority, count in dispatcher.queued.items():
+            queued.add_metric([priority.name.lower()], count)
+        yield queued
+        jobs = CounterMetricFamily("speechrnt_jobs", "Windows for the model.", labels=["outcome"])
+        for outcome in ("completed", "failed", "cancelled", "expired", "rejected"):
+            jobs.add_metric([outcome], getattr(dispatcher, outcome))
+        yield jobs
+        batches = CounterMetricFamily(
+            "speechrnt_batches", "Calls of the decoder.", labels=["windows"]
+        )
+        for size, count in dispatcher.batch_sizes.items():
+            batches.add_metric([str(size)], count)
+        yield batches
+        model = CounterMetricFamily(
+            "speechrnt_model_seconds", "Time in calls of the model.", labels=["part"]
+        )
+        model.add_metric(["encode"], dispatcher.encode_s)
+        model.add_metric(["decode"], dispatcher.decode_s)
+        yield model
+        yield _counter("windows_retried", "Windows decoded twice.", s.utterances.retried)
+
+        in_use = GaugeMetricFamily("speechrnt_pool_in_use", "Objects in use.", labels=["pool"])
+        reserved = GaugeMetricFamily(
+            "speechrnt_pool_reserved_bytes", "Memory of the pool.", labels=["pool"]
+        )
+        lookups = CounterMetricFamily(
+            "speechrnt_pool_acquires", "What was acquired.", labels=["pool", "outcome"]
+        )
+        for name, pool in (("audio_buffers", s.audio_buffers), ("results", s.results)):
+            in_use.add_metric([name], pool.in_use)
+            reserved.add_metric([name], pool.reserved_bytes)
+            for outcome in ("hits", "misses", "overflows"):
+                lookups.add_metric([name, outcome], getattr(pool, outcome))
+        reserved.add_metric(["inference"], s.inference_memory.reserved)
+        yield in_use
+        yield reserved
+        yield lookups
+        if s.scheduler is not None:
+            tasks = CounterMetricFamily("speechrnt_tasks", "Tasks.", labels=["priority"])
+            for priority, count in s.scheduler.executed.items():
+                tasks.add_metric([priority.name.lower()], count)
+            yield tasks
+            yield _counter("tasks_stolen", "Tasks taken from other workers.", s.scheduler.stolen)
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"speechrnt_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"speechrnt_{name}", text, value=value)
+
+
+def _buckets(times: HistogramSnapshot) -> list[tuple[str, float]]:
+    """Return upper limits and how many times are not longer."""
+    rows = [
+        (str(bound), float(sum(n for limit, n in times.buckets.items() if limit <= bound)))
+        for bound in _BOUNDS_S
+    ]
+    return [*rows, ("+Inf", float(times.count))]

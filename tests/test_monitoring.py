@@ -1,0 +1,218 @@
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from speechrnt import (
+    AudioError,
+    ModelError,
+    OptimizationConfig,
+    OptionError,
+    PerformanceOptimizedSTT,
+    Priority,
+)
+from speechrnt.monitoring import HealthFacts, judge
+
+WELL = HealthFacts(
+    memory_use={"memory of the process": 0.5},
+    queue_use={"open streams": 0.1},
+    oldest_wait_s=0.0,
+    longest_call_s=0.0,
+    stalled_workers={},
+    stalled_streams=0,
+    fragmentation=0.1,
+    free_share=0.5,
+    closed=False,
+    probe=None,
+)
+
+
+@pytest.fixture(scope="module")
+def stt():
+    with PerformanceOptimizedSTT(OptimizationConfig(max_queued_requests=10)) as stt:
+        yield stt
+
+
+class TestJudge:
+    def test_nothing_is_wrong(self):
+        health = judge(WELL, 10)
+        assert health.ok
+        assert health.problems == ()
+        assert health.facts is WELL
+
+    @pytest.mark.parametrize(
+        ("change", "problem"),
+        [
+            ({"memory_use": {"audio buffers": 0.9}}, "audio buffers: 90% of the limit is in use."),
+            ({"queue_use": {"open streams": 0.8}}, "open streams: 80% of the most allowed."),
+            ({"oldest_wait_s": 10.5}, "A job has waited for the model for 10.5 s."),
+            ({"longest_call_s": 11}, "A call of the model has run for 11.0 s."),
+            ({"stalled_workers": {1: 12.0}}, "Worker 1 has been at one task for 12.0 s."),
+            ({"stalled_streams": 2}, "2 streams get no text for their audio."),
+            ({"fragmentation": 0.3}, "The GPU's memory is fragmented: 30%."),
+            ({"closed": True}, "The engine is closed."),
+            ({"probe": "it was slow"}, "A decoding failed: it was slow"),
+        ],
+    )
+    def test_each_bound(self, change, problem):
+        health = judge(replace(WELL, **change), 10)
+        assert not health.ok
+        assert health.problems == (problem,)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"memory_use": {"audio buffers": 0.89}},
+            {"queue_use": {"open streams": 0.79}},
+            {"oldest_wait_s": 10.0},
+            {"fragmentation": 0.3, "free_share": 0.1},
+            {"fragmentation": None, "free_share": None},
+        ],
+    )
+    def test_just_below_each_bound(self, change):
+        assert judge(replace(WELL, **change), 10).ok
+
+
+class TestHealth:
+    def test_a_full_queue_is_noticed_and_recovers(self, stt, monkeypatch):
+        release = threading.Event()
+        generate = type(stt.model).generate
+
+        def held(self, *args, **options):
+            assert release.wait(30)
+            return generate(self, *args, **options)
+
+        monkeypatch.setattr(type(stt.model), "generate", held)
+        noise = np.random.default_rng(0).uniform(-0.1, 0.1, 16_000)
+        futures = [stt.transcribe_async(noise, "en", vad=False) for _ in range(8)]
+        try:
+            health = stt.health()
+            assert not health.ok
+            assert "requests under way: 80% of the most allowed." in health.problems
+            while not stt.health(latency_bound_s=0.05).facts.longest_call_s > 0.05:
+                pass
+            problems = " ".join(stt.health(latency_bound_s=0.05).problems)
+            assert "A call of the model has run for" in problems
+            assert not stt.is_system_healthy()
+        finally:
+            release.set()
+        for future in futures:
+            future.result()
+        stt.transcribe_async(noise, "en", vad=False).result()
+        assert stt.is_system_healthy(), stt.health()
+
+    def test_the_probe_decodes(self, stt, monkeypatch):
+        before = stt.statistics().dispatcher.completed
+        assert stt.health(probe_s=30).ok
+        assert stt.statistics().dispatcher.completed == before + 1
+
+        def broken(*args, **options):
+            raise RuntimeError("out of order")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(stt.model), "generate", broken)
+            health = stt.health(probe_s=30)
+        [problem] = health.problems
+        assert problem.startswith("A decoding failed: ")
+        assert "out of order" in problem
+        assert stt.health(probe_s=30).ok
+
+    def test_a_probe_that_takes_too_long_fails(self, stt, monkeypatch):
+        release = threading.Event()
+        generate = type(stt.model).generate
+
+        def held(self, *args, **options):
+            assert release.wait(30)
+            return generate(self, *args, **options)
+
+        monkeypatch.setattr(type(stt.model), "generate", held)
+        try:
+            [problem] = stt.health(probe_s=0.05).problems
+        finally:
+            release.set()
+        assert problem == "A decoding failed: it was not done within 0.05 s"
+
+    def test_a_closed_engine_is_not_healthy(self):
+        stt = PerformanceOptimizedSTT(OptimizationConfig(enable_async_processing=False))
+        assert stt.is_system_healthy()
+        stt.close()
+        assert stt.health(probe_s=1).problems == ("The engine is closed.",)
+        assert stt.get_performance_report()
+        with pytest.raises(ModelError, match="closed"):
+            stt.transcribe_async(np.zeros(16_000))
+
+    @pytest.mark.parametrize("bad", [0, -1, float("nan"), "soon", None, True])
+    def test_bad_bounds(self, stt, bad):
+        with pytest.raises(OptionError, match="latency_bound_s: must be a positive number"):
+            stt.health(latency_bound_s=bad)
+
+
+class TestStatistics:
+    def test_counters_equal_a_known_workload(self, samples, manifest, tmp_path):
+        clips = manifest[:6]
+        broken = tmp_path / "broken.wav"
+        broken.write_bytes(b"RIFF")
+        with PerformanceOptimizedSTT() as stt:
+            futures = [stt.transcribe_async(samples / clip["file"], clip["lang"]) for clip in clips]
+            for future in futures:
+                future.result()
+            with pytest.raises(AudioError):
+                stt.transcribe_async(broken).result()
+            with pytest.raises(OptionError):
+                stt.transcribe_async(samples / clips[0]["file"], "xx")
+            s = stt.get_performance_statistics()
+        assert s.requests == {
+            "accepted": 7, "completed": 6, "failed": 1, "cancelled": 0, "rejected": 0,
+        }  # fmt: skip
+        assert s.errors == {"AudioFileError": 1}
+        assert s.live == 0
+        assert s.audio_s == pytest.approx(sum(clip["seconds"] for clip in clips), abs=0.1)
+        assert s.utterances.windows == s.dispatcher.completed == 6
+        assert sum(size * n for size, n in s.dispatcher.batch_sizes.items()) == 6
+        assert s.mean_batch_size >= 1
+        assert {name: times.count for name, times in s.stages.items()} == dict.fromkeys(s.stages, 6)
+        mean_ms = 1e3 * s.stages["total"].sum_s / 6
+        assert s.average_transcription_latency_ms == pytest.approx(mean_ms)
+        assert s.total_memory_usage_mb > 10
+        assert s.active_threads == s.scheduler.size + stt.model.whisper.num_workers
+        assert sum(s.scheduler.executed.values()) >= 6
+
+    def test_json_and_text_show_the_same(self, stt):
+        values = json.loads(stt.get_performance_report("json"))
+        assert values["requests"]["accepted"] == stt.statistics().requests["accepted"]
+        assert set(values["dispatcher"]["queued"]) == {each.name.lower() for each in Priority}
+        text = stt.get_performance_report()
+        assert f"{values['requests']['accepted']} accepted" in text
+        with pytest.raises(OptionError, match="form: must be 'text' or 'json', not 'xml'"):
+            stt.get_performance_report("xml")
+
+    def test_prometheus_reads_them(self, stt):
+        from prometheus_client import CollectorRegistry, generate_latest
+        from prometheus_client.parser import text_string_to_metric_families
+
+        from speechrnt.prometheus import EngineCollector
+
+        noise = np.random.default_rng(0).uniform(-0.1, 0.1, 16_000)
+        stt.transcribe_async(noise, "en", vad=False).result()
+        registry = CollectorRegistry()
+        registry.register(EngineCollector(stt))
+        text = generate_latest(registry).decode()
+        values = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        s = stt.statistics()
+        assert values["speechrnt_requests_total", "completed"] == s.requests["completed"] > 0
+        assert values["speechrnt_stage_seconds_count", "total"] == s.stages["total"].count
+        limits = [
+            (float(sample.labels["le"]), sample.value)
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "speechrnt_stage_seconds_bucket" and sample.labels["stage"] == "total"
+        ]
+        counts = [value for _, value in sorted(limits)]
+        assert counts == sorted(counts)
+        assert counts[-1] == s.stages["total"].count
