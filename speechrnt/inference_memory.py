@@ -195,6 +195,8 @@ def _apply_to_gpu(gpu: int, mode: str, limit: int | None) -> None:
         if mode == "off":
             mempool.restore_inference_memory(gpu)
         elif limit is None:
+            if mempool.inference_memory(gpu).owner == "speechrnt":
+                mempool.restore_inference_memory(gpu)  # there was a limit before
             mempool.retain_inference_memory(gpu)
         else:
             mempool.cap_inference_memory(limit, gpu)

@@ -44,7 +44,8 @@ from .hub import (
     download_model,
     fetch_tokenizer,
 )
-from .sizing import ModelShape, fit, read_shape
+from .sizing import ModelShape, fit, footprint, read_shape
+from .system import usable_memory
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -282,6 +283,55 @@ class Model:
             )
         return results
 
+    def fitting_batch(self, wanted: int, frames: int = 3000, beam_size: int = 5) -> int:
+        """Return how many windows can be decoded in one call while all workers do the same.
+
+        On the CPU half of the memory that this process may use is counted with, on a GPU what is
+        free there now, and what the driver keeps for CTranslate2.
+
+        Parameters
+        ----------
+        wanted
+            The most to return, at least 1.
+        frames
+            Frames of features in a window.
+        beam_size
+            Beams per window.
+
+        Returns
+        -------
+        int
+            From 1 to `wanted`; `wanted` if nothing is known of the memory or the model.
+
+        Raises
+        ------
+        OptionError
+            If a number is out of range.
+        """
+        if self.shape is None:
+            return wanted
+        device, compute_type = self.whisper.device, self.whisper.compute_type
+        counts = {"device": device, "beam_size": beam_size, "audio_positions": (frames + 1) // 2}
+        try:
+            if device == "cuda":
+                # The weights are there already, and no longer free.
+                weights = footprint(self.shape, compute_type, **counts).weights
+                memory = weights + _free_memory(self.whisper.device_index)
+            else:
+                memory = usable_memory() // 2
+            return fit(
+                self.shape,
+                memory,
+                [compute_type],
+                batch=wanted,
+                num_workers=self.whisper.num_workers,
+                **counts,
+            ).decode_batch
+        except PoolExhausted:
+            return 1
+        except (GpuUnavailable, GpuError):
+            return wanted
+
     def _here(self) -> ctranslate2.models.Whisper:
         """Return the model if it belongs to this process."""
         if os.getpid() != self._process:
@@ -497,11 +547,16 @@ def _fitting_compute_type(
     """Return the preferred type, or a smaller one if there is no room for it on one of the GPUs."""
     supported = ctranslate2.get_supported_compute_types("cuda", indices[0])
     try:
-        memory = min(mempool.free_memory(index)[0] for index in indices)
+        memory = _free_memory(indices)
         return fit(shape, memory, supported, batch=1, num_workers=num_workers).compute_type
     except (GpuUnavailable, GpuError, PoolExhausted):
         # What is free is not known, or not even one long window fits: CTranslate2 will tell.
         return preferred
+
+
+def _free_memory(indices: list[int]) -> int:
+    """Return how many bytes are free on each of some GPUs."""
+    return min(mempool.free_memory(index)[0] for index in indices)
 
 
 def _read_shape(weights: str | bytes) -> ModelShape | None:

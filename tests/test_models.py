@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import types
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import ctranslate2
@@ -19,7 +19,7 @@ import pytest
 from ctranslate2.specs import TransformerDecoderModelSpec
 from hub import Hub, Repository, start_client
 
-from speechrnt import WhisperModel, cublas, inference_memory, mempool
+from speechrnt import WhisperModel, cublas, inference_memory, mempool, models
 from speechrnt.errors import (
     GpuError,
     GpuUnavailable,
@@ -34,6 +34,7 @@ from speechrnt.models import (
     resolve_compute_type,
     resolve_device,
 )
+from speechrnt.sizing import footprint
 
 PICO = EMBEDDED_MODELS["pico"]
 REQUIRED_FILES = ["config.json", "model.bin", "vocabulary.json"]
@@ -616,6 +617,71 @@ def test_memory_is_prepared_on_each_gpu_before_the_model_is_loaded(gpus, monkeyp
     )
     load_model(device_index=[2, 0])
     assert prepared == [("cuda:2", 0), ("cuda:0", 0)]
+
+
+class TestFittingBatch:
+    def on_gpus(self, monkeypatch, free, num_workers=1):
+        """A model that says that it is on GPUs, of which so much is free."""
+        model = load(device="cpu")
+        whisper = types.SimpleNamespace(
+            device="cuda",
+            device_index=list(range(len(free))),
+            compute_type="float16",
+            num_workers=num_workers,
+        )
+        monkeypatch.setattr(mempool, "free_memory", lambda index: (free[index], 2**34))
+        return replace(model, whisper=whisper)
+
+    def test_it_grows_with_free_memory_and_shrinks_with_workers_and_beams(self, monkeypatch):
+        model = self.on_gpus(monkeypatch, [2**31])
+        assert model.fitting_batch(1000, 3000) > 100
+        assert model.fitting_batch(8, 3000) == 8
+        assert model.fitting_batch(1000, 500) > model.fitting_batch(1000, 3000)
+        assert model.fitting_batch(1000, beam_size=1) > model.fitting_batch(1000)
+        three = self.on_gpus(monkeypatch, [2**31], 3)
+        assert three.fitting_batch(1000) < model.fitting_batch(1000) / 2.5
+
+    def test_of_several_gpus_the_fullest_counts(self, monkeypatch):
+        one = self.on_gpus(monkeypatch, [2**30]).fitting_batch(1000)
+        assert self.on_gpus(monkeypatch, [2**33, 2**30]).fitting_batch(1000) == one
+
+    def test_the_weights_are_not_counted_twice(self, monkeypatch):
+        model = self.on_gpus(monkeypatch, [2**30])
+        seen = []
+        monkeypatch.setattr(
+            models, "fit", lambda shape, memory, *_, **__: seen.append(memory) or 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            model.fitting_batch(4)
+        assert seen == [2**30 + footprint(model.shape, "float16").weights]
+
+    def test_a_full_gpu_leaves_one_window(self, monkeypatch):
+        assert self.on_gpus(monkeypatch, [2**20]).fitting_batch(16) == 1
+
+    def test_what_is_not_known_does_not_limit(self, monkeypatch):
+        model = self.on_gpus(monkeypatch, [2**30])
+        assert replace(model, shape=None).fitting_batch(16) == 16
+
+        def refuse(index):
+            raise GpuError("unknown")
+
+        monkeypatch.setattr(mempool, "free_memory", refuse)
+        assert model.fitting_batch(16) == 16
+
+    def test_on_the_cpu_it_is_the_memory_of_the_process(self, monkeypatch):
+        model = load(device="cpu")
+        monkeypatch.setattr(models, "usable_memory", lambda: 2**30)
+        few = model.fitting_batch(1000)
+        monkeypatch.setattr(models, "usable_memory", lambda: 2**31)
+        assert 2 * few <= model.fitting_batch(1000) <= 2 * few + 2
+        monkeypatch.setattr(models, "usable_memory", lambda: 2**20)
+        assert model.fitting_batch(1000) == 1
+
+    def test_bad_numbers_are_named(self):
+        with pytest.raises(OptionError, match="batch: must be a whole number from 1, not 0"):
+            load(device="cpu").fitting_batch(0)
+        with pytest.raises(OptionError, match="audio_positions: must be a whole number from 1 to"):
+            load(device="cpu").fitting_batch(4, 3002)
 
 
 def test_a_model_tells_its_shape(contents):

@@ -43,6 +43,8 @@ def test_a_limit_makes_a_pool_of_our_own():
     assert inference_memory.statistics("cuda").limit == 256 * MIB
     inference_memory.prepare("cuda")
     assert inference_memory.statistics("cuda").limit == 256 * MIB
+    inference_memory.configure("pool", device="cuda")
+    assert inference_memory.status("cuda") == "kept by the device's pool, all"
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("off", False), ("pool", True), ("mallopt", True)])
