@@ -24,8 +24,9 @@ help: ## show the commands
 
 build: $(VENV)/.built ## build and install the package, editable
 
-demo: $(VENV)/.built ## transcribe the shipped recordings: text, timing, real-time factor
+demo: $(VENV)/.built ## transcribe the shipped recordings, then show each part at work
 	$(BIN)/python examples/transcribe_samples.py
+	$(BIN)/speechrnt demo
 
 test: lint ## lint, then run the tests
 	$(BIN)/python -m pytest

@@ -16,7 +16,7 @@ import ctranslate2
 import huggingface_hub
 from tqdm import tqdm
 
-from . import _mel, cublas, handover, inference_memory
+from . import _mel, cublas, demo, handover, inference_memory
 from ._version import __version__
 from .errors import SpeechRNTError
 from .formats import WRITERS
@@ -156,6 +156,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Show versions, processor, cores, GPU and compute types.",
     )
     info.set_defaults(run=_info)
+
+    tour = commands.add_parser(
+        "demo",
+        help="show each part at work, in under a minute",
+        description="Show pools, scheduler, streaming and the engine at work on real audio.",
+    )
+    tour.set_defaults(run=_demo)
     return parser
 
 
@@ -285,6 +292,11 @@ def _info(_options: argparse.Namespace) -> int:
     width = max(map(len, facts))
     for fact, value in facts.items():
         print(f"{fact:{width}}  {value}")
+    return EXIT_OK
+
+
+def _demo(_options: argparse.Namespace) -> int:
+    demo.run()
     return EXIT_OK
 
 

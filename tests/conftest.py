@@ -13,7 +13,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_CACHE"] = _empty_cache.name
 
 TESTS = Path(__file__).parent
-SLOW_LAST = ["test_span_pool", "test_inference_memory", "test_packaging", "test_parity"]
+SLOW_LAST = [
+    "test_demo",
+    "test_span_pool",
+    "test_inference_memory",
+    "test_packaging",
+    "test_parity",
+]
 
 # These run against an installed wheel, away from the sources: see test_packaging.py.
 collect_ignore = ["wheel"]
