@@ -203,7 +203,7 @@ class Segmenter:
             events.append(SpeechStart(self._sample(self._first_speech)))
         if self._quiet_since is not None and self._endpoint is not None:
             quiet = self._frame - self._quiet_since
-            if quiet == self._padding and self._is_sure and self._heard:
+            if quiet == max(self._padding, 1) and self._is_sure and self._heard:
                 end, speech_end = self._window_end(), self._speech_end()
                 cut = self._cut(self._sample(end), self._sample(speech_end), "endpoint")
                 events.append(Pause(cut))

@@ -72,6 +72,8 @@ class VoiceActivityDetector:
             16 kHz mono. If `n` is no multiple of `FRAME_SAMPLES`, the stream ends with it, and the
             last frame is filled up with silence.
         """
+        if not len(samples):
+            return []
         n_frames = -(-len(samples) // FRAME_SAMPLES)
         signal = np.zeros(_CONTEXT_SAMPLES + n_frames * FRAME_SAMPLES, dtype=np.float32)
         signal[:_CONTEXT_SAMPLES] = self._context

@@ -45,6 +45,26 @@ def manifest(samples) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
+def clips(samples, manifest):
+    """The recordings as 16 kHz arrays, in the order of `manifest`."""
+    from speechrnt import load_audio
+
+    return [load_audio(samples / each["file"]).samples for each in manifest]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An engine on the embedded model; closed, and found to hold nothing, after the module."""
+    from speechrnt import PerformanceOptimizedSTT
+
+    with PerformanceOptimizedSTT(device="cpu") as stt:
+        yield stt
+    # An unclosed one would have to be found by its threads.
+    assert stt.statistics().audio_buffers.in_use == 0
+    assert stt.statistics().results.in_use == 0
+
+
+@pytest.fixture(scope="session")
 def human_audio() -> Path:
     """The directory of human recordings, which are not part of the repository."""
     path = TESTS.parent.parent / "shared" / "audio"
