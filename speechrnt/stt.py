@@ -23,13 +23,13 @@ from typing import Any, Literal
 import numpy as np
 from typing_extensions import Self
 
-from . import inference_memory, sizing
+from . import inference_memory
 from ._sched import Priority, Scheduler
 from .audio import SAMPLE_RATE, AudioInput
 from .batch_sizes import BatchSizes, Costs
 from .batching import Dispatcher
 from .config import HardwareProfile, OptimizationConfig, detect_hardware, recommend
-from .errors import ModelError, OptionError, Overloaded, PoolExhausted, SpeechRNTError
+from .errors import ModelError, OptionError, Overloaded, SpeechRNTError
 from .events import Event
 from .executor import Executor, InlineExecutor, SchedulerExecutor
 from .latency import STAGES, Histogram
@@ -79,25 +79,6 @@ def _abandon(
         maintenance.close()
     if scheduler is not None:
         scheduler.shutdown(wait=False)
-
-
-def _fitting_batch(model: Model, wanted: int, frames: int) -> int:
-    """Return how many windows of a context the memory holds while all workers decode."""
-    whisper = model.whisper
-    if model.shape is None or whisper.device == "cuda":  # for a GPU, see `load_model`
-        return wanted
-    try:
-        return sizing.fit(
-            model.shape,
-            usable_memory() // 2,
-            [whisper.compute_type],
-            device=whisper.device,
-            batch=wanted,
-            num_workers=whisper.num_workers,
-            audio_positions=(frames + 1) // 2,
-        ).decode_batch
-    except PoolExhausted:
-        return 1
 
 
 class PerformanceOptimizedSTT:
@@ -190,7 +171,7 @@ class PerformanceOptimizedSTT:
             executor = SchedulerExecutor(self._scheduler)
         windows_in_flight = _BATCHES_IN_FLIGHT * config.max_batch_size
         # Nothing below refers to the engine, which would never be collected.
-        fitting_batch = partial(_fitting_batch, self.model, config.max_batch_size)
+        fitting_batch = partial(self.model.fitting_batch, config.max_batch_size)
         self._sizes = BatchSizes(config.max_batch_size, fitting_batch, device)
         self._dispatcher = Dispatcher(
             self.model,
