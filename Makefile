@@ -50,6 +50,7 @@ bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_inference_memory.py
 	$(BIN)/python perf/bench_pools.py
 	$(BIN)/python perf/bench_sched.py
+	$(BIN)/python perf/bench_gpu.py
 	$(BIN)/python perf/accuracy.py
 
 wheel: $(VENV)/.wheel ## make sdist and wheel in dist/, test the wheel in an empty environment

@@ -75,10 +75,13 @@ class Index {
         if (nodes_.size() + nodes > limit) {
             return false;
         }
-        try {
-            nodes_.reserve(std::max(nodes_.size() + nodes, 2 * nodes_.size()));
-        } catch (const std::bad_alloc &) {
-            return false;
+        const std::size_t wanted = nodes_.size() + nodes;
+        if (wanted > nodes_.capacity()) {
+            try {
+                nodes_.reserve(std::max(wanted, 2 * nodes_.capacity()));
+            } catch (const std::bad_alloc &) {
+                return false;
+            }
         }
         while (n_vacant_ < nodes) {
             nodes_.push_back(Block{});
@@ -194,6 +197,8 @@ class Index {
     }
 
   private:
+    friend struct Audit;  // of the tests
+
     struct Bin {
         unsigned level;
         unsigned bin;

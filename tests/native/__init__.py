@@ -27,7 +27,7 @@ def load(name, sources=HERE):
         name,
         [str(sources / f"{name}.pyx")],
         language="c++",
-        include_dirs=[str(package)],
+        include_dirs=[str(package), str(sources)],
         extra_compile_args=[*FLAGS, *flags],
         extra_link_args=flags,
     )
