@@ -5,7 +5,7 @@ from setuptools import Extension, setup
 
 extensions = [
     Extension(f"sr_downstream.{name}", [f"sr_downstream/{name}.pyx"])
-    for name in ("buffers", "tasks")
+    for name in ("buffers", "gpu_blocks", "tasks")
 ]
 directives = {"language_level": 3, "freethreading_compatible": True}
 setup(ext_modules=cythonize(extensions, compiler_directives=directives))

@@ -1,6 +1,7 @@
 """The public C interface, from a package of its own that is built against the installed one."""
 
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -132,3 +133,11 @@ def test_a_forked_child_refuses(tasks):
         assert os.waitpid(child, 0)[1] == 0
         assert squares.wait() == 0
         assert squares.wrong() == 0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("speechrnt._gpu") is None or importlib.util.find_spec("cuda") is None,
+    reason="needs the GPU modules and cuda-bindings",
+)
+def test_a_package_for_gpus_can_be_imported_without_one(downstream):
+    assert downstream("gpu_blocks").__doc__.startswith("Takes and frees")
