@@ -16,7 +16,7 @@ SANITIZED = SPEECHRNT_BUILD=$@ PYTHONSAFEPATH=1 PYTHONPATH=build/$@/lib \
 POOL_TESTS := $(addprefix tests/test_,pools.py audio_pool.py result_pool.py maintenance.py span_pool.py)
 export SPEECHRNT_WERROR = 1
 
-.PHONY: help build demo test lint tsan asan bench wheel clean
+.PHONY: help build demo test lint tsan asan bench docs wheel clean
 .NOTPARALLEL: # one pip at a time in one environment
 
 help: ## show the commands
@@ -52,6 +52,9 @@ bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_sched.py
 	$(BIN)/python perf/bench_gpu.py
 	$(BIN)/python perf/accuracy.py
+
+docs: $(VENV)/.docs ## build the documentation in build/site, with its links checked
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 wheel: $(VENV)/.wheel ## make sdist and wheel in dist/, test the wheel in an empty environment
 	rm -rf build/dist dist
