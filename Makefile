@@ -11,8 +11,8 @@ STUBBED := $(filter-out $(NOT_BUILT),$(patsubst speechrnt/%.pyi,speechrnt.%,$(wi
 REPAIR := $(if $(filter Darwin,$(shell uname)),delocate-wheel,auditwheel repair)
 # The sanitizers must be loaded first, at addresses that are not random; the build in build/ hides ours.
 SANITIZED = SPEECHRNT_BUILD=$@ PYTHONSAFEPATH=1 PYTHONPATH=build/$@/lib \
-	LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so) ASAN_OPTIONS=detect_leaks=0 \
-	TSAN_OPTIONS=suppressions=tests/native/tsan.supp:die_after_fork=0 setarch -R
+	LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	TSAN_OPTIONS=suppressions=tests/native/tsan.supp:die_after_fork=0:allocator_may_return_null=1 setarch -R
 POOL_TESTS := $(addprefix tests/test_,pools.py audio_pool.py result_pool.py maintenance.py span_pool.py)
 export SPEECHRNT_WERROR = 1
 
