@@ -1,4 +1,4 @@
-"""The probabilities of speech against the reference runtime, and their independence of the calls."""
+"""Probabilities of speech: those of the reference, and the same however they are asked for."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
