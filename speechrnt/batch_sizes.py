@@ -1,7 +1,8 @@
 """How many windows to encode, and to decode, in one call: measured, not guessed.
 
-Larger calls are worth while only where they make an item cheaper. On a CPU the encoder gains
-nothing from company, and the decoder only on short contexts; on a GPU both gain.
+Larger calls are worth while only where they make an item cheaper. On a CPU the encoder gains next
+to nothing from company; the decoder gains the more, the larger its vocabulary and the shorter the
+context. On a GPU both gain. perf/bench_dispatcher.py shows the costs.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ logger = logging.getLogger("speechrnt")
 
 # A larger size must make an item this much cheaper.
 _WORTH_WHILE = 0.9
-_REPEATS = 3
+_REPEATS = 2
 
 # No further size is tried for a context after this.
 _BUDGET_S = 0.5
-
-# Encoder frames up to which decoding several windows at once pays on a CPU, where nothing has been
-# measured yet (perf/bench_dispatcher.py shows the curve).
-_UNMEASURED_CPU_FRAMES = 1000
 
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds a call of each batch size takes, per item, for one length of context.
+
+    On a CPU these are seconds of the processor: cores are what is scarce there, and what else the
+    machine does must not look like a cost.
 
     Attributes
     ----------
@@ -59,6 +59,7 @@ class BatchSizes:
         self._largest = largest
         self._fits = fits
         self._device = device
+        self._clock = time.perf_counter if device == "cuda" else time.process_time
         self._lock = threading.Lock()
         self._costs: dict[int, Costs] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
@@ -93,7 +94,7 @@ class BatchSizes:
             Calls the model with so many windows.
         """
         bound = self.largest(frames)
-        costs = Costs(_growing(encode, bound), _growing(decode, bound))
+        costs = Costs(_growing(encode, bound, self._clock), _growing(decode, bound, self._clock))
         encode_size, decode_size = _best(costs.encode), _best(costs.decode)
         with self._lock:
             self._costs[frames] = costs
@@ -125,22 +126,24 @@ class BatchSizes:
 
     def _assume(self, frames: int) -> tuple[int, int]:
         bound = self.largest(frames)
-        if self._device == "cuda":
-            return bound, bound
-        return 1, bound if frames <= _UNMEASURED_CPU_FRAMES else 1
+        # Even where the decoder gains nothing, as with a small vocabulary on full context, company
+        # costs it no more than a hundredth of what the encoder takes.
+        return bound if self._device == "cuda" else 1, bound
 
 
-def _growing(call: Callable[[int], object], largest: int) -> dict[int, float]:
+def _growing(
+    call: Callable[[int], object], largest: int, clock: Callable[[], float]
+) -> dict[int, float]:
     """Time sizes 1, 2, 4, ... for as long as there is hope that an item gets cheaper."""
     costs: dict[int, float] = {}
-    started = time.perf_counter()
+    started = clock()
     size = 1
     while True:
         call(size)
         # The least, as everything that disturbs makes a call longer.
-        costs[size] = min(_time(call, size) for _ in range(_REPEATS)) / size
+        costs[size] = min(_time(call, size, clock) for _ in range(_REPEATS)) / size
         hopeless = costs[size] * _WORTH_WHILE > min(costs.values())
-        if size == largest or hopeless or time.perf_counter() - started > _BUDGET_S:
+        if size == largest or hopeless or clock() - started > _BUDGET_S:
             return costs
         size = min(2 * size, largest)
 
@@ -151,7 +154,7 @@ def _best(costs: Mapping[int, float]) -> int:
     return next(size for size in sorted(costs) if costs[size] * _WORTH_WHILE <= least)
 
 
-def _time(call: Callable[[int], object], size: int) -> float:
-    started = time.perf_counter()
+def _time(call: Callable[[int], object], size: int, clock: Callable[[], float]) -> float:
+    started = clock()
     call(size)
-    return time.perf_counter() - started
+    return clock() - started

@@ -399,22 +399,29 @@ class PerformanceOptimizedSTT:
         self._check_process()
         return self._streams.get(utterance_id).finalize()
 
-    def warm_up(self) -> None:
+    def warm_up(self, **options: Any) -> None:
         """Measure which batch sizes pay, and touch what the first request would wait for.
 
         Takes a few seconds with small models, and as long as a dozen calls with others. Without it
         the engine assumes what holds on most machines. Requests may come meanwhile, but disturb
         what is measured.
 
+        Parameters
+        ----------
+        **options
+            What most requests will ask for; see `UtteranceOptions`.
+
         Raises
         ------
+        OptionError
+            If an option is unknown or out of range.
         ModelError
             If the engine is closed, or belongs to the parent process.
         """
         self._check_process()
         with self._changed:
             self._check_open()
-        plan = self._checked_plan(None, {})
+        plan = self._checked_plan(options.pop("language", None), options)
         for frames in plan.contexts:
             self._dispatcher.measure(frames, plan.search)
         VoiceActivityDetector()
