@@ -51,6 +51,8 @@ bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_pools.py
 	$(BIN)/python perf/bench_sched.py
 	$(BIN)/python perf/bench_gpu.py
+	$(BIN)/python perf/bench_dispatcher.py --quick
+	$(BIN)/python perf/bench_serving.py --quick
 	$(BIN)/python perf/accuracy.py
 
 docs: $(VENV)/.docs ## build the documentation in build/site, with its links checked
