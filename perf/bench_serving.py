@@ -260,10 +260,9 @@ class Limit:
 
 def make_plan(model, context):
     """Return how the engine would go about a clip."""
-    from speechrnt.utterance import UtteranceOptions, UtterancePipeline
+    from speechrnt import plan
 
-    pipeline = UtterancePipeline(model, None, None, None, None, 1)
-    return pipeline.plan(UtteranceOptions(language="en", audio_context=context))
+    return plan.make_plan(model, plan.UtteranceOptions(language="en", audio_context=context))
 
 
 def windows(samples, plan):

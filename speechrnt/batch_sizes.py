@@ -18,7 +18,7 @@ __all__ = ["BatchSizes", "Costs"]
 logger = logging.getLogger("speechrnt")
 
 # A larger size must make an item this much cheaper.
-_WORTH_WHILE = 0.9
+_WORTH_WHILE = 0.95
 _REPEATS = 2
 
 # No further size is tried for a context after this.

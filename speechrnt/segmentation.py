@@ -113,12 +113,17 @@ class Pause:
 Event: TypeAlias = SpeechStart | SpeechEnd | Pause | WindowCut
 
 
-def loudness(frame: NDArray[np.float32]) -> float:
-    """Return how far the samples of a frame reach apart.
+def loudness(samples: NDArray[np.float32]) -> list[float]:
+    """Return how far the samples of each frame reach apart; the last frame may be shorter.
 
-    Unlike their energy this is exact, and so the same wherever the frame lies in memory.
+    Unlike their energy this is exact, and so the same however the samples are cut into calls.
     """
-    return float(frame.max() - frame.min())
+    whole = len(samples) - len(samples) % FRAME_SAMPLES
+    frames = samples[:whole].reshape(-1, FRAME_SAMPLES)
+    values: list[float] = (frames.max(axis=1) - frames.min(axis=1)).tolist()
+    if whole < len(samples):
+        values.append(float(samples[whole:].max() - samples[whole:].min()))
+    return values
 
 
 class Segmenter:
@@ -319,9 +324,8 @@ class Cutter:
         else:
             probabilities = self._detector.probabilities(samples)
         events: list[Event] = []
-        for index, probability in enumerate(probabilities):
-            frame = samples[index * FRAME_SAMPLES : (index + 1) * FRAME_SAMPLES]
-            events += self.segmenter.push(probability, loudness(frame))
+        for probability, reach in zip(probabilities, loudness(samples), strict=True):
+            events += self.segmenter.push(probability, reach)
         self.position += len(samples)
         return events
 

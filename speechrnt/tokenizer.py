@@ -80,12 +80,13 @@ class Tokenizer:
         self.translate = self._optional("<|translate|>")
         self.no_speech = self._optional("<|nospeech|>", "<|nocaptions|>")
         self.languages: tuple[str, ...] = ("en",)
+        self._ids: dict[str, int] = {}  # of tasks and languages
         if multilingual:
-            for task in TASKS:
-                self._required(f"<|{task}|>")
-            self.languages = tuple(
-                code for code in LANGUAGES if self._optional(f"<|{code}|>") is not None
-            )
+            self._ids = {task: self._required(f"<|{task}|>") for task in TASKS}
+            languages = ((code, self._optional(f"<|{code}|>")) for code in LANGUAGES)
+            known = {code: token for code, token in languages if token is not None}
+            self._ids |= known
+            self.languages = tuple(known)
             if not self.languages:
                 raise ModelLoadError("the tokenizer of a multilingual model has no language token")
 
@@ -134,7 +135,7 @@ class Tokenizer:
                 f"language: {language!r} is not one this model knows; use one of "
                 f"{', '.join(self.languages)}, or None to detect it"
             )
-        return [self.sot, self._required(f"<|{language}|>"), self._required(f"<|{task}|>")]
+        return [self.sot, self._ids[language], self._ids[task]]
 
     def checked_ids(self, option: str, tokens: object, least: int = 0) -> list[int]:
         """Return `tokens` as a list of ids of this vocabulary.

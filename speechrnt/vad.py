@@ -75,15 +75,17 @@ class VoiceActivityDetector:
         if not len(samples):
             return []
         n_frames = -(-len(samples) // FRAME_SAMPLES)
-        signal = np.zeros(_CONTEXT_SAMPLES + n_frames * FRAME_SAMPLES, dtype=np.float32)
-        signal[:_CONTEXT_SAMPLES] = self._context
-        signal[_CONTEXT_SAMPLES : _CONTEXT_SAMPLES + len(samples)] = samples
-        self._context = signal[-_CONTEXT_SAMPLES:].copy()
-        frames = np.lib.stride_tricks.sliding_window_view(signal, _CONTEXT_SAMPLES + FRAME_SAMPLES)
-        inputs = {
-            "input": np.ascontiguousarray(frames[::FRAME_SAMPLES]),
-            "h": self._h,
-            "c": self._c,
-        }
-        probabilities, self._h, self._c = self._run(None, inputs)
+        if not n_frames:
+            return []
+        inputs = np.zeros((n_frames, _CONTEXT_SAMPLES + FRAME_SAMPLES), dtype=np.float32)
+        frames = inputs[:, _CONTEXT_SAMPLES:]
+        n_whole = len(samples) // FRAME_SAMPLES
+        frames[:n_whole] = samples[: n_whole * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
+        rest = samples[n_whole * FRAME_SAMPLES :]
+        frames[n_whole:, : len(rest)] = rest
+        inputs[0, :_CONTEXT_SAMPLES] = self._context
+        inputs[1:, :_CONTEXT_SAMPLES] = frames[:-1, -_CONTEXT_SAMPLES:]
+        self._context = frames[-1, -_CONTEXT_SAMPLES:].copy()
+        state = {"input": inputs, "h": self._h, "c": self._c}
+        probabilities, self._h, self._c = self._run(None, state)
         return [float(probability) for probability in probabilities]
