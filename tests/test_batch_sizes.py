@@ -25,6 +25,14 @@ def clock(monkeypatch):
             return call, sizes
 
     clock = Clock()
+    monkeypatch.setattr(batch_sizes.time, "process_time", lambda: clock.now)
+    return clock
+
+
+@pytest.fixture
+def wall(monkeypatch, clock):
+    """The same, but what passes is time on the wall only."""
+    monkeypatch.setattr(batch_sizes.time, "process_time", lambda: 0.0)
     monkeypatch.setattr(batch_sizes.time, "perf_counter", lambda: clock.now)
     return clock
 
@@ -85,6 +93,18 @@ def test_trying_ends_when_it_takes_too_long(clock):
     assert max(tried) == 1
 
 
+def test_on_a_cpu_what_passes_while_others_compute_is_no_cost(wall):
+    sizes = BatchSizes(2, lambda frames: 1000, "cpu")
+    call, _ = wall.costing(lambda n: 0.001)
+    assert set(sizes.measure(300, call, call).encode.values()) == {0.0}
+
+
+def test_on_a_gpu_cost_is_what_passes(wall):
+    sizes = BatchSizes(2, lambda frames: 1000, "cuda")
+    call, _ = wall.costing(lambda n: 0.001)
+    assert sizes.measure(300, call, call).encode == pytest.approx({1: 1e-3, 2: 5e-4})
+
+
 def test_what_is_measured_can_be_read(clock):
     sizes = BatchSizes(4, lambda frames: 1000, "cpu")
     call, _ = clock.costing(lambda n: 0.001)
@@ -93,10 +113,8 @@ def test_what_is_measured_can_be_read(clock):
     assert costs.encode == pytest.approx({1: 1e-3, 2: 5e-4, 4: 2.5e-4})
 
 
-def test_unmeasured_the_decoder_gets_company_on_a_cpu_where_contexts_are_short():
-    sizes = BatchSizes(8, lambda frames: 1000, "cpu")
-    assert sizes.of(300) == (1, 8)
-    assert sizes.of(3000) == (1, 1)
+def test_unmeasured_only_the_decoder_gets_company_on_a_cpu():
+    assert BatchSizes(8, lambda frames: 1000, "cpu").of(3000) == (1, 8)
 
 
 def test_unmeasured_both_get_company_on_a_gpu():

@@ -249,8 +249,15 @@ def test_an_hour_takes_no_more_memory_than_a_minute():
 
 
 def test_loudness_is_the_reach_of_the_samples():
-    assert loudness(np.array([0.5, -0.25, 0.0], dtype=np.float32)) == 0.75
-    assert loudness(np.full(FRAME_SAMPLES, 0.5, dtype=np.float32)) == 0.0
+    assert loudness(np.array([0.5, -0.25, 0.0], dtype=np.float32)) == [0.75]
+    assert loudness(np.full(FRAME_SAMPLES, 0.5, dtype=np.float32)) == [0.0]
+    assert loudness(np.zeros(0, dtype=np.float32)) == []
+
+
+def test_loudness_is_that_of_each_frame_and_of_the_rest():
+    samples = np.zeros(2 * FRAME_SAMPLES + 1, dtype=np.float32)
+    samples[0], samples[FRAME_SAMPLES], samples[-1] = 0.5, -0.25, 1.0
+    assert loudness(samples) == [0.5, 0.25, 0.0]
 
 
 def cut(recording, groups, flushes=(), detects_speech=True, options=None):
