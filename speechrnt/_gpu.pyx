@@ -29,11 +29,12 @@ import operator
 
 import numpy as np
 
-from speechrnt._gpu_pool import LARGEST, GpuStream
+from speechrnt._gpu_pool import GpuStream
 from speechrnt.errors import HandleError, OptionError
 
 __all__ = ["GpuMemoryHandle", "GpuMemoryPool", "GpuStream"]
 
+cdef size_t LARGEST = 70_368_744_177_664  # 2^46: kMaxSize of _gpu_state.h
 DLPACK_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
 DLPACK_CUDA = 2
 LEGACY_STREAM = 1  # what the protocols call the default stream, as 0 means something else there
@@ -163,24 +164,33 @@ cdef class GpuMemoryHandle:
 
     cdef int lay_out(self, object shape, object dtype) except -1:
         """Set shape and dtype, of a new block."""
-        try:
-            shape = (operator.index(shape),)
-        except TypeError:
-            try:
-                shape = tuple([operator.index(n) for n in shape])
-            except TypeError:
-                raise OptionError(
-                    f"shape must be an integer or a sequence of them, not {shape!r}"
-                ) from None
-        if len(shape) > kMaxDimensions or any([n < 1 for n in shape]):
-            raise OptionError(
-                f"shape must have at most {kMaxDimensions} dimensions, of 1 or more, not {shape}"
-            )
+        cdef size_t size
         self.dtype = plain_dtype(dtype)
+        size = self.dtype.itemsize
+        if type(shape) is not tuple:
+            try:
+                shape = (operator.index(shape),)
+            except TypeError:
+                try:
+                    shape = tuple(shape)
+                except TypeError:
+                    raise OptionError(
+                        f"shape must be an integer or a sequence of them, not {shape!r}"
+                    ) from None
+        try:
+            shape = tuple([operator.index(n) for n in shape])
+        except TypeError:
+            raise OptionError(f"shape must be of integers, not {shape!r}") from None
+        if len(shape) > kMaxDimensions:
+            raise OptionError(f"shape must have at most {kMaxDimensions} dimensions, not {shape}")
+        for n in shape:
+            if not 1 <= n <= LARGEST // size:
+                raise OptionError(
+                    f"shape must be of 1 or more, and of {LARGEST} bytes at most, not {shape} of "
+                    f"{self.dtype}"
+                )
+            size *= <size_t> n
         self.shape = shape
-        size = math.prod(shape) * self.dtype.itemsize
-        if size > LARGEST:
-            raise OptionError(f"shape {shape} of {self.dtype} exceeds {LARGEST} bytes")
         self.nbytes = size
         return 0
 
@@ -545,13 +555,24 @@ cdef class GpuMemoryHandle:
         return f"<GpuMemoryHandle {self.shape} {self.dtype} {state}>"
 
 
+cdef dict plain_dtypes = {}  # by what users write
+
+
 cdef object plain_dtype(object dtype):
+    try:
+        known = plain_dtypes.get(dtype)
+    except TypeError:  # not hashable
+        known = None
+    if known is not None:
+        return known
     try:
         wanted = np.dtype(dtype)
     except TypeError:
         wanted = None
     if wanted is None or wanted.kind not in DLPACK_CODES or not wanted.isnative:
         raise OptionError(f"dtype must be one of numpy's plain numbers, not {dtype!r}")
+    if isinstance(dtype, (str, type, np.dtype)):
+        plain_dtypes[dtype] = wanted  # there are not many
     return wanted
 
 

@@ -4,9 +4,7 @@ from typing_extensions import Self, disjoint_base
 
 from speechrnt._gpu_types import Defragmentation, GpuMemoryHealth, GpuMemoryStatistics
 
-__all__ = ["LARGEST", "BasePool", "GpuStream"]
-
-LARGEST: int
+__all__ = ["BasePool", "GpuStream"]
 
 @disjoint_base
 class BasePool:

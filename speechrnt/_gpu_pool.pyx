@@ -19,7 +19,7 @@ from speechrnt._gpu_driver import device_memory
 from speechrnt._gpu_types import Defragmentation, GpuMemoryStatistics, mib
 from speechrnt.errors import GpuError, GpuOutOfMemory, HandleError, OptionError, PoolClosedError
 
-__all__ = ["LARGEST", "BasePool", "GpuStream"]
+__all__ = ["BasePool", "GpuStream"]
 
 BACKINGS = ("auto", "vmm", "segments")  # by their numbers in _gpu_types.h
 LARGEST = 2**46  # kMaxSize of _gpu_state.h

@@ -1,6 +1,5 @@
 """Looks inside a GpuMemoryPool: whether its index and its backing agree with themselves."""
 
-from libc.stdint cimport uint64_t
 from speechrnt._gpu_pool cimport gpu_pool_of, sr_gpu_pool
 
 cdef extern from *:
