@@ -44,7 +44,7 @@ class LocalAgreement:
         """
         words = words[:-1]
         n_committed = len(self.committed)
-        agreed = sum(1 for _ in takewhile(_are_equal, zip(self._last, words, strict=False)))
+        agreed = _length_in_common(self._last, words)
         new: list[str] = []
         if agreed > n_committed and words[:n_committed] == self.committed:
             new = words[n_committed:agreed]
@@ -53,10 +53,11 @@ class LocalAgreement:
         self.unstable = words[len(self.committed) :]
         return new
 
-    def is_kept_by(self, words: list[str]) -> bool:
-        """Whether a final transcript begins with what is committed."""
-        return words[: len(self.committed)] == self.committed
+    def contradicted_by(self, words: list[str]) -> int:
+        """Return how many committed words a final transcript does not begin with."""
+        return len(self.committed) - _length_in_common(self.committed, words)
 
 
-def _are_equal(pair: tuple[str, str]) -> bool:
-    return pair[0] == pair[1]
+def _length_in_common(left: list[str], right: list[str]) -> int:
+    pairs = zip(left, right, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

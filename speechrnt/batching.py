@@ -248,7 +248,7 @@ class Dispatcher:
         ModelError
             The dispatcher is closed, or belongs to a parent process.
         """
-        self._check_process()
+        self.check_process()
         job.cost_s = self._sizes.expected_s(job.frames) or job.frames * _UNMEASURED_S
         with self._changed:
             if self._is_closed:
@@ -266,7 +266,7 @@ class Dispatcher:
 
     def cancel(self, job: Job) -> bool:
         """Take a job back; False if it does not wait any more, and so will be answered."""
-        self._check_process()
+        self.check_process()
         with self._changed:
             if not self._queue.discard(job):
                 return False
@@ -319,7 +319,7 @@ class Dispatcher:
         search
             How to decode.
         """
-        self._check_process()
+        self.check_process()
         model, tokenizer = self._model, self._model.tokenizer
         prompt = build_prompt(tokenizer, tokenizer.languages[0], "transcribe", (), True)
         shape = (self._sizes.largest(frames), model.n_mels, frames)
@@ -388,7 +388,8 @@ class Dispatcher:
             if wait and thread is not threading.current_thread():
                 thread.join()
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise `ModelError` in a forked child, which has no workers."""
         if os.getpid() != self._process:
             raise ModelError(
                 "this dispatcher belongs to the parent process and has no workers here; "

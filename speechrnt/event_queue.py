@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 
+from .errors import UtteranceError
 from .events import Closed, Committed, Event, Final, Partial
 
 __all__ = ["EventQueue"]
@@ -35,6 +36,9 @@ class EventQueue:
         Whose threads callbacks may block.
     on_room
         Called when the queue is not full any more.
+    count
+        Called with the name of each thing that went otherwise than planned: see
+        `StreamStatistics`.
     """
 
     def __init__(
@@ -42,18 +46,18 @@ class EventQueue:
         callback: Callable[[Event], object] | None,
         threads: Executor,
         on_room: Callable[[], None],
+        count: Callable[[str], None],
     ) -> None:
         self._callback = callback
         self._threads = threads
         self._on_room = on_room
+        self._count = count
         self._lock = threading.Lock()
         self._events: deque[Event] = deque()
         self._is_calling = False
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
         self._has_reader = callback is not None
-        self.stale_partials = 0
-        self.unread = 0
-        self.callback_errors = 0
+        self._is_closed = False
 
     @property
     def is_full(self) -> bool:
@@ -61,9 +65,12 @@ class EventQueue:
         return self._has_reader and len(self._events) >= _CAPACITY
 
     def put(self, event: Event) -> None:
-        """Queue an event."""
+        """Queue an event; one after `Closed` is dropped."""
         with self._lock:
-            if isinstance(event, Partial | Final | Closed):
+            if self._is_closed:
+                return
+            self._is_closed = isinstance(event, Closed)
+            if isinstance(event, Partial | Committed | Final | Closed):
                 self._drop_partials()
             if isinstance(event, Committed) and self._events:
                 last = self._events[-1]
@@ -73,7 +80,7 @@ class EventQueue:
             self._events.append(event)
             if not self._has_reader and len(self._events) > _CAPACITY:
                 self._events.popleft()
-                self.unread += 1
+                self._count("unread_events")
             waiter, self._waiter = self._waiter, None
             calls = self._callback is not None and not self._is_calling
             self._is_calling |= calls
@@ -87,9 +94,12 @@ class EventQueue:
             self._threads.submit(self._call)
 
     def _drop_partials(self) -> None:
-        kept: deque[Event] = deque(each for each in self._events if not isinstance(each, Partial))
-        self.stale_partials += len(self._events) - len(kept)
-        self._events = kept
+        """Drop the partial that nobody has seen; there is one at most."""
+        for index, event in enumerate(self._events):
+            if isinstance(event, Partial):
+                del self._events[index]
+                self._count("stale_partials")
+                return
 
     def _take(self) -> Event | None:
         with self._lock:
@@ -107,12 +117,18 @@ class EventQueue:
         while (event := self._take()) is not None:
             try:
                 self._callback(event)
-            except Exception:
-                self.callback_errors += 1
+            except BaseException:  # whatever it is, the next events are not to suffer for it
+                self._count("callback_errors")
                 logger.exception("the callback of utterance %r failed", event.utterance_id)
 
     async def get(self) -> Event:
-        """Wait for the next event."""
+        """Wait for the next event.
+
+        Raises
+        ------
+        UtteranceError
+            If another coroutine waits already.
+        """
         self._has_reader = True
         while (event := self._take()) is None:
             loop = asyncio.get_running_loop()
@@ -120,6 +136,8 @@ class EventQueue:
             with self._lock:
                 if self._events:
                     continue
+                if self._waiter is not None and not self._waiter[1].done():
+                    raise UtteranceError("another coroutine waits for the events of this utterance")
                 self._waiter = (loop, future)
             await future
         return event

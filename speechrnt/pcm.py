@@ -44,6 +44,8 @@ class PcmReader:
             )
         self._encoding = encoding
         self._sample_bytes = PCM_ENCODINGS[encoding]
+        self.warnings: tuple[str, ...] = ()
+        """What was wrong with the first piece that anything was wrong with."""
         self._carry = b""  # bytes of a sample that has not come whole
         self._resampler: av.AudioResampler | None = None
         if self._rate != SAMPLE_RATE:
@@ -58,19 +60,32 @@ class PcmReader:
             If it is no piece of audio. Nothing was taken.
         """
         if isinstance(chunk, np.ndarray):
-            samples = Audio.from_array(chunk).samples
+            if self._carry:
+                raise InvalidAudioError(
+                    f"{len(self._carry)} bytes of a sample wait for the rest of it, and an array "
+                    "has come instead"
+                )
+            audio = Audio.from_array(chunk)
+            samples = audio.samples
             if np.may_share_memory(samples, chunk):
                 samples = samples.copy()
         elif isinstance(chunk, bytes | bytearray | memoryview):
+            if isinstance(chunk, memoryview) and chunk.itemsize != 1:
+                raise InvalidAudioError(
+                    f"the chunk is a memoryview of format {chunk.format!r}, not of bytes: cast it "
+                    "with .cast('B') if its samples are in the declared encoding"
+                )
             data = self._carry + bytes(chunk)
             whole = len(data) - len(data) % self._sample_bytes
             # The rate is seen to below, where the resampler lives on.
-            samples = Audio.from_pcm(data[:whole], self._encoding).samples
+            audio = Audio.from_pcm(data[:whole], self._encoding)
+            samples = audio.samples
             self._carry = data[whole:]
         else:
             raise InvalidAudioError(
                 f"a chunk of audio must be bytes or a NumPy array, not {type(chunk).__name__}"
             )
+        self.warnings = self.warnings or audio.warnings
         if self._resampler is None or not samples.size:
             return samples
         frame = av.AudioFrame.from_ndarray(samples[np.newaxis], format="flt", layout="mono")

@@ -9,7 +9,8 @@ from .pools import AudioBuffer, AudioBufferPool
 
 __all__ = ["SampleBuffer"]
 
-_LEAST_SAMPLES = 8192
+# Up to half a second is not worth a buffer of a pool, the smallest of which hold one.
+_SMALL_SAMPLES = 8192
 
 
 class SampleBuffer:
@@ -21,35 +22,40 @@ class SampleBuffer:
     Parameters
     ----------
     pool
-        Where the memory comes from.
+        Where the memory comes from, but for the smallest.
     """
 
     def __init__(self, pool: AudioBufferPool) -> None:
         self._pool = pool
-        self._buffer: AudioBuffer | None = None
-        self._offset = 0  # of `start` in the buffer
+        self._buffer: AudioBuffer | None = None  # which `_array` is part of, if it is of the pool
+        self._array = _NOTHING
+        self._offset = 0  # of `start` in it
         self.start = 0
         self.end = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return self._array.nbytes
 
     def append(self, samples: NDArray[np.float32]) -> None:
         """Add samples at the end; views may become invalid."""
         wanted = self.end - self.start + len(samples)
-        if self._buffer is None or self._offset + wanted > len(self._buffer.array):
-            self._move(wanted)
-        assert self._buffer is not None
+        if self._offset + wanted > len(self._array):
+            capacity = _SMALL_SAMPLES
+            while capacity < wanted:
+                capacity *= 2
+            self._move(capacity)
         at = self._offset + self.end - self.start
-        self._buffer.array[at : at + len(samples)] = samples
+        self._array[at : at + len(samples)] = samples
         self.end += len(samples)
 
     def view(self, start: int, end: int) -> NDArray[np.float32]:
         """Return samples, valid until the next change."""
-        if self._buffer is None or not self.start <= start <= end <= self.end:
-            if start == end:
-                return np.empty(0, dtype=np.float32)
+        if not self.start <= start <= end <= self.end:
             raise IndexError(f"samples {start} to {end} are not in {self.start} to {self.end}")
         offset = self._offset - self.start
-        samples: NDArray[np.float32] = self._buffer.array[offset + start : offset + end]
-        return samples
+        return self._array[offset + start : offset + end]
 
     def discard(self, before: int) -> None:
         """Drop the samples before one; views become invalid."""
@@ -57,34 +63,41 @@ class SampleBuffer:
         self._offset += before - self.start
         self.start = before
         kept = self.end - self.start
-        if self._buffer is None:
-            return
         if not kept:
             self.release()
-        elif len(self._buffer.array) > 4 * max(kept, _LEAST_SAMPLES):
+        elif len(self._array) > 4 * max(kept, _SMALL_SAMPLES):
+            self._move(max(kept, _SMALL_SAMPLES))
+
+    def compact(self) -> None:
+        """Hold no more memory than the samples take; views become invalid."""
+        kept = self.end - self.start
+        if len(self._array) > kept:
             self._move(kept)
 
     def release(self) -> None:
         """Give the memory back, and drop what is in it."""
-        buffer, self._buffer = self._buffer, None
-        self._offset = 0
         self.start = self.end
-        if buffer is not None:
-            buffer.release()
+        self._move(0)
 
-    def _move(self, wanted: int) -> None:
-        """Move the samples to the beginning of a buffer with room for twice what is wanted."""
-        capacity = _LEAST_SAMPLES
-        while capacity < wanted:
-            capacity *= 2
-        kept = self.end - self.start
-        old = self._buffer
-        if old is not None and len(old.array) == capacity and self._offset >= kept:
-            old.array[:kept] = old.array[self._offset : self._offset + kept]
-        else:
-            new = self._pool.acquire(capacity)
-            if old is not None:
-                new.array[:kept] = old.array[self._offset : self._offset + kept]
-                old.release()
-            self._buffer = new
-        self._offset = 0
+    def _move(self, capacity: int) -> None:
+        """Move the samples to the beginning of memory of another size, or of the same."""
+        kept = self.view(self.start, self.end)
+        if capacity == len(self._array) and self._offset >= len(kept):
+            self._array[: len(kept)] = kept
+            self._offset = 0
+            return
+        buffer = None
+        array = _NOTHING
+        if capacity > _SMALL_SAMPLES:
+            buffer = self._pool.acquire(capacity)
+            array = buffer.array
+        elif capacity:
+            array = np.empty(capacity, dtype=np.float32)
+        array[: len(kept)] = kept
+        del kept
+        old, self._buffer, self._array, self._offset = self._buffer, buffer, array, 0
+        if old is not None:
+            old.release()
+
+
+_NOTHING: NDArray[np.float32] = np.empty(0, dtype=np.float32)

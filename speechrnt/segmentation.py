@@ -10,7 +10,7 @@ The rules for speech and silence are those of Silero's reference implementation
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -145,10 +145,10 @@ class Segmenter:
         self._longest = max(int(options.max_window_s * SAMPLE_RATE) // FRAME_SAMPLES, 8)
         self._rest = min(_frames(_LEAST_REST_S), self._longest // 4)
         self._search = min(_frames(_CUT_SEARCH_S), self._longest // 2)
-        # Of the last frames: loudness, and whether there may be speech.
-        self._recent: deque[tuple[float, bool]] = deque(
-            maxlen=self._rest + self._search + _SMOOTHING_FRAMES
-        )
+        # Of the last frames, in a ring: loudness, and whether there may be speech.
+        self._n_recent = self._rest + self._search + _SMOOTHING_FRAMES
+        self._loudness = array("f", bytes(4 * self._n_recent))
+        self._is_active = bytearray(self._n_recent)
         self._frame = 0  # frames seen
         self._floor = 0  # no window begins before this frame
         self._start: int | None = None  # first frame of the window that is open
@@ -185,7 +185,8 @@ class Segmenter:
         index = self._frame
         self._frame += 1
         is_loud = probability >= self._threshold
-        self._recent.append((loudness, probability >= self._quiet_below))
+        self._loudness[index % self._n_recent] = loudness
+        self._is_active[index % self._n_recent] = probability >= self._quiet_below
         if self._start is None:
             if not is_loud:
                 return []
@@ -267,7 +268,10 @@ class Segmenter:
     def _cut_window(self) -> list[Event]:
         """Cut the open window, which gets too long, at a quiet place."""
         # Newest first, so that of equally quiet places the latest is taken.
-        recent = list(self._recent)[::-1]
+        recent = [
+            (self._loudness[index % self._n_recent], self._is_active[index % self._n_recent])
+            for index in range(self._frame - 1, max(self._frame - self._n_recent, 0) - 1, -1)
+        ]
         reach = _SMOOTHING_FRAMES // 2
 
         def loudness_around(back: int) -> float:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from .batching import Dispatcher
 from .errors import ModelError, Overloaded, UtteranceError
 from .latency import HistogramSnapshot
-from .streaming import Stream, StreamCounters
+from .stream_types import StreamCounters
+from .streaming import Stream
 
 __all__ = ["StreamRegistry", "StreamStatistics"]
 
@@ -39,9 +40,10 @@ class StreamStatistics:
     counts : Mapping of str to int
         ``finals`` and ``partials``; ``expired_partials``, which the model had no time for, and
         ``stale_partials``, which nobody had taken when the next came; ``revised_finals``, which do
-        not begin with what was committed; ``committed_words``, ``committed_at_final_words`` of
-        windows that were final, and ``final_words``; streams that ``stalled``, were ``idle`` or
-        ``too_long``; ``callback_errors``; ``unread_events``, dropped because nobody read any;
+        not begin with what was committed, and the ``contradicted_words`` of that;
+        ``committed_words``, ``committed_at_final_words`` of windows that were final, and
+        ``final_words``; streams that ``stalled``, were ``idle`` or ``too_long``;
+        ``callback_errors``; ``unread_events``, dropped because nobody read any;
         ``refused_chunks`` of audio, because too much was waiting.
     ttfs, partial_lag : HistogramSnapshot
         Seconds from the end of speech to its final; from the arrival of audio to the partial that
@@ -84,6 +86,7 @@ class StreamRegistry:
         self._streams: dict[str, Stream] = {}
         self._reserved: set[str] = set()
         self._names = itertools.count(1)
+        self._ending = 0  # streams whose users are being told
         self._started = self._refused = self._closed_streams = 0
 
     def start(self, utterance_id: str | None, make: Callable[[str], Stream]) -> Stream:
@@ -140,6 +143,7 @@ class StreamRegistry:
             self._reserved.discard(utterance_id)
             self._streams[utterance_id] = stream
             self._started += 1
+            self._changed.notify_all()
         return stream
 
     def get(self, utterance_id: str) -> Stream:
@@ -161,13 +165,18 @@ class StreamRegistry:
         """Whether the caller is a callback of a stream."""
         return getattr(self._here, "is_callback", False)
 
-    def forget(self, stream: Stream) -> None:
-        """Drop a stream that is closed."""
+    def forget(self, stream: Stream, tell: Callable[[], None]) -> None:
+        """Drop a stream that is closed, and have its user told, whom its name is free for then."""
         with self._changed:
-            if self._streams.get(stream.utterance_id) is stream:
-                del self._streams[stream.utterance_id]
-                self._closed_streams += 1
-            self._changed.notify_all()
+            del self._streams[stream.utterance_id]
+            self._ending += 1
+            self._closed_streams += 1
+        try:
+            tell()
+        finally:
+            with self._changed:
+                self._ending -= 1
+                self._changed.notify_all()
 
     @property
     def stalled(self) -> int:
@@ -197,11 +206,11 @@ class StreamRegistry:
             else:
                 stream.end()
         with self._changed:
-            self._changed.wait_for(lambda: not self._streams)
+            self._changed.wait_for(lambda: not self._streams and not self._ending)
         self.threads.shutdown()
 
     def statistics(self) -> StreamStatistics:
-        """Return what was counted so far. Takes no lock that a stream needs for its work."""
+        """Return what was counted so far. Takes no lock."""
         return StreamStatistics(
             open=len(self._streams),
             started=self._started,

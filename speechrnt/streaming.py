@@ -18,7 +18,6 @@ from concurrent.futures import Executor as ThreadExecutor
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from functools import partial
-from numbers import Real
 from types import TracebackType
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from typing_extensions import Self
 
 from ._sched import Priority
 from .agreement import LocalAgreement, join_words, split_words
+from .arrivals import Arrivals
 from .audio import SAMPLE_RATE
 from .errors import OptionError, Overloaded, SpeechRNTError, UtteranceClosed
 from .event_queue import EventQueue
@@ -42,18 +42,19 @@ from .events import (
     SpeechEnded,
     SpeechStarted,
 )
-from .latency import Histogram
+from .features import HOP_LENGTH
 from .oneshot import Transcription, transcription_of
 from .pcm import AudioChunk, PcmReader
 from .plan import Plan
 from .sample_buffer import SampleBuffer
 from .segmentation import Cutter, Pause, SpeechEnd, SpeechStart, WindowCut
 from .segmentation import Event as Cut
+from .stream_types import Pressure, StreamCounters, StreamOptions, StreamSnapshot, StreamState
 from .utterance import Final as WindowFinal
-from .utterance import Preview, Utterance, UtterancePipeline, join_texts
+from .utterance import Preview, Utterance, UtterancePipeline, add_text
 from .vad import FRAME_SAMPLES
 
-__all__ = ["Pressure", "Stream", "StreamCounters", "StreamOptions", "StreamSnapshot"]
+__all__ = ["Stream"]
 
 logger = logging.getLogger("speechrnt")
 
@@ -70,138 +71,11 @@ _CALM_BACKLOG_S = 0.1
 # A partial that has not begun by then is out of date.
 _PARTIAL_DEADLINE_S = 2.0
 
-# Arrivals closer together than this count as one.
-_ARRIVAL_STEP_S = 0.01
-_ARRIVALS_KEPT_S = 40
+# Pieces smaller than this wait in one, so that those of one sample take no more memory than others.
+_PIECE_SAMPLES = 2048
 
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How a stream is to be handled, beside `UtteranceOptions`.
-
-    Attributes
-    ----------
-    partials
-        Whether open windows are transcribed, too.
-    partial_interval_s
-        Seconds of audio between two partials, at least; more where the model has not the time.
-    idle_timeout_s
-        Seconds without audio after which the stream is finalized. None: never.
-    max_duration_s
-        Seconds of audio after which it is finalized.
-    max_buffered_s
-        Seconds of audio that may wait to be looked at.
-
-    Raises
-    ------
-    OptionError
-        If a value is out of range.
-    """
-
-    partials: bool = True
-    partial_interval_s: float = 0.5
-    idle_timeout_s: float | None = 60.0
-    max_duration_s: float = 4 * 3600.0
-    max_buffered_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.partials, bool):
-            raise OptionError(f"partials: must be True or False, not {self.partials!r}")
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None and name == "idle_timeout_s":
-                continue
-            # NaN compares false.
-            good = isinstance(value, Real) and not isinstance(value, bool)
-            if not good or not least <= value <= most:
-                raise OptionError(f"{name}: must be a number from {least} to {most}, not {value!r}")
-
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "partial_interval_s": (0.05, 60),
-    "idle_timeout_s": (0.1, 86_400),
-    "max_duration_s": (1, 10 * 86_400),
-    "max_buffered_s": (1, 600),
-}
-
-STREAM_OPTIONS = frozenset(field.name for field in fields(StreamOptions))
-
-
-@dataclass(frozen=True)
-class Pressure:
-    """How far a stream is behind.
-
-    Attributes
-    ----------
-    buffered_s
-        Seconds of audio that wait to be looked at.
-    lag_s
-        Seconds of audio that no partial or final reflects yet, silence not counted.
-    """
-
-    buffered_s: float
-    lag_s: float
-
-
-@dataclass(frozen=True)
-class StreamSnapshot:
-    """Where a stream stands.
-
-    Attributes
-    ----------
-    state : str
-        ``"open"``, ``"finalizing"`` or ``"closed"``.
-    received_s, processed_s : float
-        Seconds of audio pushed, and looked at.
-    text : str
-        The finals so far.
-    stable_text, unstable_text : str
-        The open window so far; see `Partial`.
-    """
-
-    state: Literal["open", "finalizing", "closed"]
-    received_s: float
-    processed_s: float
-    text: str
-    stable_text: str
-    unstable_text: str
-
-
-class StreamCounters:
-    """What happens to all streams of an engine. Thread-safe."""
-
-    NAMES = (
-        "finals",
-        "partials",
-        "expired_partials",
-        "stale_partials",
-        "revised_finals",
-        "committed_words",
-        "committed_at_final_words",
-        "final_words",
-        "stalled",
-        "idle",
-        "too_long",
-        "callback_errors",
-        "unread_events",
-        "refused_chunks",
-    )
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts = dict.fromkeys(self.NAMES, 0)
-        self.ttfs = Histogram()
-        self.partial_lag = Histogram()
-
-    def add(self, name: str, count: int = 1) -> None:
-        """Count."""
-        with self._lock:
-            self._counts[name] += count
-
-    def snapshot(self) -> Mapping[str, int]:
-        """Return the counts so far."""
-        with self._lock:
-            return dict(self._counts)
+# Without audio for so long, a stream holds what it needs and not more.
+_COMPACT_AFTER_S = 1.0
 
 
 @dataclass(eq=False)
@@ -210,7 +84,7 @@ class _Pending:
 
     agreement: LocalAgreement
     from_flush: bool
-    spoken_at: float | None
+    spoken_at: float | None  # when the end of its speech arrived
 
 
 class Stream:
@@ -236,7 +110,7 @@ class Stream:
         *,
         counters: StreamCounters,
         threads: ThreadExecutor,
-        on_over: Callable[[Stream], None],
+        on_over: Callable[[Stream, Callable[[], None]], None],
         make_plan: Callable[[Mapping[str, Any]], Plan],
         callback: Callable[[Event], object] | None = None,
         sample_rate: int = SAMPLE_RATE,
@@ -252,7 +126,7 @@ class Stream:
         self._make_plan = make_plan
         self._priority = priority
         self._has_callback = callback is not None
-        self._events = EventQueue(callback, threads, self._wake)
+        self._events = EventQueue(callback, threads, self._wake, counters.add)
 
         self._push_lock = threading.Lock()  # keeps pushes in order; never held by the strand
         self._reader = PcmReader(sample_rate, encoding)
@@ -262,8 +136,8 @@ class Stream:
         self._news: deque[Callable[[], None]] = deque()  # of the model; go first
         self._audio: deque[NDArray[np.float32] | Callable[[], None]] = deque()
         self._is_working = False
-        self._state: Literal["open", "finalizing", "closed"] = "open"
-        self._arrivals: deque[tuple[int, float]] = deque()  # samples received by then
+        self._state: StreamState = "open"
+        self._arrivals = Arrivals()
         self._room_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
         # Written with the lock or by the strand, one of them each, and read by all.
@@ -271,6 +145,14 @@ class Stream:
         self._processed = 0
         self._last_push = time.monotonic()
         self._future: Future[Transcription] | None = None
+        self._unclaimed: Future[Transcription] | None = None  # of a stream that ended by itself
+        self._is_compact = True
+        self._shown = "", "", ""  # finals, and what is stable and unstable of the window after them
+
+        # Of `check`.
+        self._seen: tuple[int, int] | None = None
+        self._seen_at = 0.0
+        self._has_stalled = False
 
         # The strand's own, from here on.
         self._samples = SampleBuffer(pipeline.buffers)
@@ -287,8 +169,6 @@ class Stream:
         )
         self._finals: list[WindowFinal] = []
         self._pending: dict[int, _Pending] = {}  # by the start of the window
-        self._pending_since: float | None = None
-        self._has_stalled = False
         self._agreement = LocalAgreement()
         self._drop_partial: Callable[[], None] | None = None  # of the partial on its way
         self._partial_at = 0  # samples of the last partial
@@ -317,6 +197,7 @@ class Stream:
         UtteranceClosed
             If the stream takes no more audio.
         """
+        self._pipeline.dispatcher.check_process()
         with self._push_lock:
             self._check_open()
             buffered_s = self._buffered_s()
@@ -360,6 +241,7 @@ class Stream:
         UtteranceClosed
             If the stream takes no more audio.
         """
+        self._pipeline.dispatcher.check_process()
         with self._push_lock:
             self._check_open()
             self._post_audio(partial(self._flush, is_end=False))
@@ -367,23 +249,24 @@ class Stream:
     def finalize(self) -> Future[Transcription]:
         """Take no more audio; return a future of the whole text.
 
+        A stream that ended by itself, for its length or because no audio came, may be finalized
+        once, too, for its text.
+
         Raises
         ------
         UtteranceClosed
             If it was finalized before, cancelled, or failed.
         """
-        future: Future[Transcription] = Future()
+        self._pipeline.dispatcher.check_process()
         with self._push_lock:
-            with self._lock:
-                self._check_open()
-                self._state = "finalizing"
-                self._future = future
-            rest = self._reader.finish()
-            if len(rest):
+            future, self._unclaimed = self._unclaimed, None
+            if future is None:
+                future = Future()
                 with self._lock:
-                    self._received += len(rest)
-                self._post_audio(rest)
-            self._post_audio(partial(self._flush, is_end=True))
+                    self._check_open()
+                    self._state = "finalizing"
+                    self._future = future
+                self._post_end(self._reader.finish())
         future.add_done_callback(self._note_cancelled)
         return future
 
@@ -405,8 +288,9 @@ class Stream:
         with self._push_lock:
             self._check_open()
             plan = self._make_plan({**_changed(self._plan), **options})
-            if plan.segmentation != self._plan.segmentation or (
-                plan.options.vad != self._plan.options.vad
+            if (plan.segmentation, plan.options.vad) != (
+                self._plan.segmentation,
+                self._plan.options.vad,
             ):
                 raise OptionError(
                     "vad, vad_threshold, endpoint_s, min_speech_s: cannot be changed while the "
@@ -427,15 +311,15 @@ class Stream:
 
     @property
     def snapshot(self) -> StreamSnapshot:
-        """Where the stream stands. Takes no lock, and so may be a moment behind in parts."""
-        agreement, language = self._agreement, self._language
+        """Where the stream stands. Takes no lock."""
+        text, stable, unstable = self._shown
         return StreamSnapshot(
             state=self._state,
             received_s=self._received / SAMPLE_RATE,
             processed_s=self._processed / SAMPLE_RATE,
-            text=join_texts(list(self._finals)),
-            stable_text=join_words(list(agreement.committed), language),
-            unstable_text=join_words(agreement.unstable, language),
+            text=text,
+            stable_text=stable,
+            unstable_text=unstable,
         )
 
     def __aiter__(self) -> Self:
@@ -478,17 +362,29 @@ class Stream:
         return self._has_stalled
 
     def check(self, now: float, stalled_after_s: float) -> None:
-        """Look after the stream: end it where nobody does, and tell if nothing comes of it."""
-        idle = self._options.idle_timeout_s
-        if self._state == "open" and idle is not None and now - self._last_push > idle:
+        """Look after the stream, from one thread at a time.
+
+        End it where nobody does, tell if nothing comes of it, and keep no memory that it does not
+        need.
+        """
+        idle_s, timeout_s = now - self._last_push, self._options.idle_timeout_s
+        if self._state == "open" and timeout_s is not None and idle_s > timeout_s:
             with self._push_lock:
-                if now - self._last_push > idle:
-                    self._end_early("idle", f"no audio came for {idle:.1f} s")
-        since = self._pending_since
-        if since is not None and now - since > stalled_after_s and not self._has_stalled:
+                if now - self._last_push > timeout_s:
+                    self._end_early(
+                        "idle", f"no audio came for {timeout_s:.1f} s", self._reader.finish()
+                    )
+        if not self._is_compact and idle_s > _COMPACT_AFTER_S:
+            self._is_compact = True
+            self._post(self._compact)
+        waits = self._state != "closed" and (self._pending or self._received > self._processed)
+        seen = (self._processed, len(self._finals)) if waits else None
+        if seen is None or seen != self._seen:
+            self._seen, self._seen_at, self._has_stalled = seen, now, False
+        elif now - self._seen_at > stalled_after_s and not self._has_stalled:
             self._has_stalled = True
             self._counters.add("stalled")
-            message = f"nothing was decoded for {now - since:.1f} s"
+            message = f"audio waits, and nothing came of it for {now - self._seen_at:.1f} s"
             self._emit(Error, code="stalled", message=message, recoverable=True)
 
     def end(self) -> None:
@@ -525,24 +421,36 @@ class Stream:
         room = round(self._options.max_duration_s * SAMPLE_RATE) - self._received
         with self._lock:
             self._received += min(len(samples), room)
-            if self._arrivals and now - self._arrivals[-1][1] < _ARRIVAL_STEP_S:
-                self._arrivals.pop()
-            self._arrivals.append((self._received, now))
+            self._arrivals.add(self._received, now)
+        self._is_compact = False
         self._post_audio(samples[:room])
         if len(samples) >= room:
             self._end_early(
                 "too_long", f"{self._options.max_duration_s:.1f} s of audio came, the most allowed"
             )
 
-    def _end_early(self, code: Literal["idle", "too_long"], message: str) -> None:
+    def _end_early(
+        self,
+        code: Literal["idle", "too_long"],
+        message: str,
+        rest: NDArray[np.float32] | None = None,
+    ) -> None:
         """Finalize on behalf of the user; called with the lock for pushes."""
         with self._lock:
             if self._state != "open":
                 return
             self._state = "finalizing"
-            self._future = Future()
+            self._future = self._unclaimed = Future()
         self._counters.add(code)
         self._emit(Error, code=code, message=message, recoverable=False)
+        self._post_end(rest)
+
+    def _post_end(self, rest: NDArray[np.float32] | None) -> None:
+        """Queue the last samples and the end; called with the lock for pushes."""
+        if rest is not None and len(rest):
+            with self._lock:
+                self._received += len(rest)
+            self._post_audio(rest)
         self._post_audio(partial(self._flush, is_end=True))
 
     def _note_cancelled(self, future: Future[Transcription]) -> None:
@@ -558,7 +466,15 @@ class Stream:
 
     def _post_audio(self, item: NDArray[np.float32] | Callable[[], None]) -> None:
         with self._lock:
-            self._audio.append(item)
+            last = self._audio[-1] if self._audio else None
+            if (
+                isinstance(item, np.ndarray)
+                and isinstance(last, np.ndarray)
+                and len(last) + len(item) <= _PIECE_SAMPLES
+            ):
+                self._audio[-1] = np.concatenate((last, item))
+            else:
+                self._audio.append(item)
         self._wake()
 
     def _wake(self) -> None:
@@ -567,38 +483,49 @@ class Stream:
             if self._is_working or not self._has_work():
                 return
             self._is_working = True
-        self._schedule()
+        if not self._is_scheduled():
+            self._work()
 
-    def _schedule(self) -> None:
+    def _is_scheduled(self) -> bool:
+        """Have a task work things off; False if there can be none."""
         try:
             self._pipeline.executor.submit_nowait(self._work, priority=self._priority)
-        except SpeechRNTError:  # it takes nothing at the moment, or any more
-            self._work()
+        except SpeechRNTError:  # the executor takes nothing at the moment, or any more
+            return False
+        return True
 
     def _has_work(self) -> bool:
         """Whether there is something to be done now; called with the lock."""
         if self._news:
             return True
-        return bool(self._audio) and self._utterance.has_room and not self._events.is_full
+        if not self._audio or not self._utterance.has_room:
+            return False
+        # Once no more audio can come, what there is comes to an end, whether the events are taken
+        # or not.
+        return self._state != "open" or not self._events.is_full
 
     def _work(self) -> None:
-        for _ in range(_STEPS_PER_TASK):
-            with self._lock:
-                if not self._has_work():
-                    self._is_working = False
-                    return
-                item = self._news.popleft() if self._news else self._audio.popleft()
-            try:
-                if callable(item):
-                    item()
-                else:
-                    self._take_samples(item)
-            except Exception as error:
-                if not isinstance(error, SpeechRNTError):
-                    logger.exception("utterance %r failed", self.utterance_id)
-                self._utterance.cancel()
-                self._fail(error)
-        self._schedule()
+        """Work off what waits, for as long as others can bear."""
+        while True:
+            for _ in range(_STEPS_PER_TASK):
+                with self._lock:
+                    if not self._has_work():
+                        self._is_working = False
+                        return
+                    item = self._news.popleft() if self._news else self._audio.popleft()
+                try:
+                    if callable(item):
+                        item()
+                    else:
+                        self._take_samples(item)
+                except Exception as error:
+                    if not isinstance(error, SpeechRNTError):
+                        logger.exception("utterance %r failed", self.utterance_id)
+                    self._utterance.cancel()
+                    self._fail(error)
+            # An executor without threads would have it done in here, one call inside the other.
+            if self._pipeline.scheduler is not None and self._is_scheduled():
+                return
 
     def _take_samples(self, samples: NDArray[np.float32]) -> None:
         """Look at the next samples, at as many as one task should."""
@@ -615,8 +542,13 @@ class Stream:
         whole -= whole % FRAME_SAMPLES
         if whole:
             self._follow(cutter.push(self._samples.view(cutter.position, cutter.position + whole)))
-            self._samples.discard(cutter.segmenter.needed_from)
-            self._preview()
+            needed_from = cutter.segmenter.needed_from
+            self._samples.discard(needed_from)
+            with self._lock:
+                self._arrivals.forget(needed_from)
+            if cutter.segmenter.is_speech:
+                self._utterance.forget_guess()
+                self._preview()
         self._tell_of_room()
 
     def _tell_of_room(self) -> None:
@@ -627,6 +559,9 @@ class Stream:
                 loop.call_soon_threadsafe(_resolve, future)
             except RuntimeError:
                 logger.debug("there is room for a loop that was closed")
+
+    def _compact(self) -> None:
+        self._samples.compact()
 
     def _follow(self, cuts: list[Cut]) -> None:
         """Act on what the cutter found."""
@@ -642,11 +577,11 @@ class Stream:
                 self._add_window(cut)
 
     def _add_window(self, cut: WindowCut) -> None:
+        if cut.end - cut.start < HOP_LENGTH:
+            return  # less than a frame, of which `Utterance.add` makes nothing
         self._pending[cut.start] = _Pending(
             self._agreement, self._is_flushing, self._arrival_of(cut.speech_end)
         )
-        if self._pending_since is None:
-            self._pending_since = time.monotonic()
         self._agreement = LocalAgreement()
         self._partial_at = cut.end
         self._forget_partial()
@@ -654,11 +589,7 @@ class Stream:
 
     def _arrival_of(self, sample: int) -> float | None:
         with self._lock:
-            while len(self._arrivals) > 1 and self._arrivals[0][0] < sample - (
-                _ARRIVALS_KEPT_S * SAMPLE_RATE
-            ):
-                self._arrivals.popleft()
-            return next((at for received, at in self._arrivals if received >= sample), None)
+            return self._arrivals.of(sample)
 
     def _flush(self, is_end: bool) -> None:
         """Cut the open window here, and begin anew or end."""
@@ -684,11 +615,13 @@ class Stream:
     def _preview(self) -> None:
         """Have the open window transcribed, if it is time."""
         segmenter, position = self._cutter.segmenter, self._cutter.position
+        start = segmenter.window_start
+        # A window's partials come after the final of the one before, which they depend on.
         if (
             not self._options.partials
             or self._drop_partial is not None
-            or not segmenter.is_speech
-            or (start := segmenter.window_start) is None
+            or self._pending
+            or start is None
         ):
             return
         context = self._plan.context((position - start) // 160)
@@ -724,7 +657,7 @@ class Stream:
         self._adapt()
         self._counters.add("partials")
         self._language = preview.language
-        before = bool(self._agreement.committed)
+        is_first = not self._agreement.committed
         new = self._agreement.update(split_words(preview.text, preview.language))
         self._reflected = position
         at = self._arrival_of(position)
@@ -733,13 +666,16 @@ class Stream:
         audio_s = position / SAMPLE_RATE
         if new:
             self._counters.add("committed_words", len(new))
-            delta = join_words([*([""] if before else []), *new], preview.language)
+            delta = join_words(new if is_first else ["", *new], preview.language)
             self._emit(Committed, audio_s, delta=delta)
         stable = join_words(self._agreement.committed, preview.language)
         unstable = join_words(self._agreement.unstable, preview.language)
+        self._shown = self._shown[0], stable, unstable
         self._emit(Partial, audio_s, stable_text=stable, unstable_text=unstable)
 
     def _lose_preview(self, start: int, error: Exception) -> None:
+        if self._is_over:
+            return
         if self._cutter.segmenter.window_start == start:
             self._drop_partial = None
         logger.debug("no partial: %s", error)
@@ -762,17 +698,17 @@ class Stream:
         if self._state == "closed":
             return
         pending = self._pending.pop(final.cut.start)
-        self._pending_since = time.monotonic() if self._pending else None
-        self._has_stalled = False
         self._finals.append(final)
+        self._shown = add_text(self._shown[0], final), "", ""
         self._language = final.language
         self._reflected = max(self._reflected, final.cut.end)
         text = "" if final.segment is None else final.segment.text.strip()
         words = split_words(text, final.language)
-        revised = not pending.agreement.is_kept_by(words)
+        contradicted = pending.agreement.contradicted_by(words)
         self._counters.add("committed_at_final_words", len(pending.agreement.committed))
+        self._counters.add("contradicted_words", contradicted)
         self._counters.add("final_words", len(words))
-        self._emit_final(final, text, revised, pending.from_flush, pending.spoken_at)
+        self._emit_final(final, text, contradicted > 0, pending.from_flush, pending.spoken_at)
 
     def _emit_final(
         self,
@@ -806,7 +742,7 @@ class Stream:
             self._plan.language,
             self._received / SAMPLE_RATE,
             self._utterance.timings,
-            self._plan.warnings,
+            (*self._plan.warnings, *self._reader.warnings),
         )
         self._close("finalized", lambda future: future.set_result(transcription))
 
@@ -833,19 +769,16 @@ class Stream:
             future = self._future
         self._forget_partial()
         self._samples.release()
-        self._pending_since = None
+        self._pending.clear()
         self._processed = self._received
-        self._emit(Closed, reason=reason)
-        self._counters.add("stale_partials", self._events.stale_partials)
-        self._counters.add("callback_errors", self._events.callback_errors)
-        self._counters.add("unread_events", self._events.unread)
         self._tell_of_room()
-        self._on_over(self)
+        self._on_over(self, partial(self._emit, Closed, reason=reason))
         if future is None:
             return
         if resolve is None:
             future.cancel()
-        elif future.set_running_or_notify_cancel():
+        # Whoever waits for a cancelled future is told by this, too.
+        if future.set_running_or_notify_cancel() and resolve is not None:
             resolve(future)
 
     def _emit(self, kind: type[Event], audio_s: float | None = None, **what: Any) -> None:

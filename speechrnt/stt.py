@@ -41,7 +41,8 @@ from .pcm import AudioChunk
 from .plan import Plan, UtteranceOptions, make_plan
 from .pools import AudioBufferPool, PoolLimits, TranscriptionResultPool
 from .stream_registry import StreamRegistry
-from .streaming import STREAM_OPTIONS, Pressure, Stream, StreamOptions
+from .stream_types import STREAM_OPTIONS, Pressure, StreamOptions
+from .streaming import Stream
 from .system import resident_memory, usable_cores, usable_memory
 from .utterance import UtterancePipeline
 from .vad import VoiceActivityDetector

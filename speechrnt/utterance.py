@@ -11,10 +11,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,11 +166,19 @@ class WindowFeatures:
 
 
 @dataclass(eq=False)
+class _Language:
+    """What consecutive windows are decoded in; None until it is settled."""
+
+    code: str | None
+
+
+@dataclass(eq=False)
 class _Window:
     """A window between its cut and its final."""
 
     cut: WindowCut
     plan: Plan
+    language: _Language
     features: WindowFeatures | None
     early: JobResult | None = None  # of a window that is not sure to be one
     job: Job | None = None
@@ -225,7 +232,7 @@ class Utterance:
         self._guess: _Window | None = None
         self._is_finished = False
         self._is_over = False  # settled, failed or cancelled
-        self._language = plan.language
+        self._language = _Language(plan.language)
         self._previous_tokens: list[int] = []
         self._n_segments = 0
         self._n_guessed = 0
@@ -254,13 +261,14 @@ class Utterance:
     def language(self) -> str | None:
         """The language, once it is settled."""
         with self._lock:
-            return self._language
+            return self._language.code
 
     def update(self, plan: Plan) -> None:
         """Transcribe the windows that are added from now on differently."""
         with self._lock:
+            if plan.language != self._plan.language:
+                self._language = _Language(plan.language)
             self._plan = plan
-            self._language = plan.language
 
     def add(self, cut: WindowCut, samples: NDArray[np.float32], in_place: bool = False) -> None:
         """Take the next window.
@@ -276,7 +284,7 @@ class Utterance:
             if self._is_over:
                 return
             features = WindowFeatures(len(samples), pipeline.model.n_mels, pipeline.buffers)
-            window = _Window(cut, self._plan, features)
+            window = _Window(cut, self._plan, self._language, features)
             self._windows.append(window)
             out = features.log10_mel  # which stays valid though the window be cancelled
         if pipeline.scheduler is not None and not in_place:
@@ -302,7 +310,7 @@ class Utterance:
                 return
             pipeline = self._pipeline
             features = WindowFeatures(len(samples), pipeline.model.n_mels, pipeline.buffers)
-            window = self._guess = _Window(cut, self._plan, features)
+            window = self._guess = _Window(cut, self._plan, self._language, features)
             out = features.log10_mel
         started = time.perf_counter()
         maximum = _mel_task.compute(samples, out)
@@ -316,6 +324,11 @@ class Utterance:
             except SpeechRNTError as error:
                 logger.debug("no guess: %s", error)
                 self._drop_guess()
+
+    def forget_guess(self) -> None:
+        """Drop the guess, as speech goes on."""
+        with self._lock:
+            self._drop_guess()
 
     def preview(
         self,
@@ -356,7 +369,7 @@ class Utterance:
         try:
             features.maximum = _mel_task.compute(samples, features.log10_mel)
             with self._lock:
-                plan, language = self._plan, self._language
+                plan, language = self._plan, self._language.code
                 previous = plan.initial_prompt
                 if continues and plan.options.condition_on_previous_text and not self._windows:
                     previous = plan.prompt(self._previous_tokens)
@@ -365,7 +378,9 @@ class Utterance:
                 features.release()
                 parsed = self._parse(job, result)
                 spoken = language or result.languages[0][0] if result.languages else language
-                done(Preview("" if plan.is_silent(parsed) else parsed.text, spoken or ""))
+                # The audio may end within a character of several tokens.
+                text = "" if plan.is_silent(parsed) else parsed.text.rstrip("\ufffd")
+                done(Preview(text, spoken or ""))
 
             def give_up(error: Exception) -> None:
                 features.release()
@@ -478,7 +493,7 @@ class Utterance:
             if window.features.maximum is None:
                 continue
             is_first = position == 0
-            if self._language is None and not is_first:
+            if window.language.code is None and not is_first:
                 break
             if self._depends_on_last(window) and not is_first:
                 break
@@ -505,7 +520,7 @@ class Utterance:
             previous = ()
         elif self._depends_on_last(window):
             previous = plan.prompt(self._previous_tokens)
-        language = self._language
+        language = window.language.code
         if is_retry and language is None:
             assert window.final is not None
             language = window.final.language
@@ -657,11 +672,11 @@ class Utterance:
                 final.segment.id = self._n_segments
                 self._previous_tokens = final.segment.tokens
             if (
-                self._language is None
+                window.language.code is None
                 and final.cut.end - final.cut.start >= _LANGUAGE_SETTLES_S * SAMPLE_RATE
                 and final.language_probability >= _LANGUAGE_SETTLES_AT
             ):
-                self._language = final.language
+                window.language.code = final.language
             self._events.append(partial(self._on_final, final))
         self._submit()
         if not self._is_over:
@@ -677,8 +692,7 @@ class Utterance:
         """Take an error for an answer, or what was found before it."""
         with self._lock:
             if window is self._guess:
-                self._drop_guess()
-                return
+                self._guess = None
             if self._is_over or window not in self._windows:
                 window.release()
                 return
@@ -698,14 +712,18 @@ class Utterance:
         self._events.append(partial(self._on_failed, error))
 
 
-def join_texts(finals: Iterator[Any] | list[Final]) -> str:
-    """Return the text of consecutive windows: the pieces with one space between, where one goes."""
+def add_text(text: str, final: Final) -> str:
+    """Return a text and that of the next window: with one space between, where one goes."""
+    if final.segment is None:
+        return text
+    piece = final.segment.text.strip()
+    space = " " if text and piece and final.language not in UNSPACED else ""
+    return text + space + piece
+
+
+def join_texts(finals: Iterable[Final]) -> str:
+    """Return the text of consecutive windows."""
     text = ""
     for final in finals:
-        if final.segment is None:
-            continue
-        piece = final.segment.text.strip()
-        if text and piece and final.language not in UNSPACED:
-            text += " "
-        text += piece
+        text = add_text(text, final)
     return text
