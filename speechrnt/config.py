@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
-from . import system
-from .errors import OptionError
+from . import mempool, system
+from .errors import OptionError, SpeechRNTError
 
 __all__ = ["HardwareProfile", "OptimizationConfig", "detect_hardware", "recommend"]
 
@@ -108,6 +108,17 @@ class OptimizationConfig:
         """`result_pool_size`, or what stands for None."""
         return self.result_pool_size or 2 * self.audio_buffer_pool_size
 
+    def gpu_pool_bytes(self, free_bytes: int | None) -> int | None:
+        """Return the limit of the pool on a GPU with so much memory free; 0 for no pool.
+
+        None if nothing is known.
+        """
+        if not self.enable_gpu_memory_pool:
+            return 0
+        if self.gpu_memory_pool_size_mb is not None:
+            return self.gpu_memory_pool_size_mb * MIB
+        return None if free_bytes is None else max(int(free_bytes * _GPU_POOL_SHARE), MIB)
+
     def model_threads(self, device: str, cores: int) -> tuple[int, int]:
         """Return how many calls run at the same time, and how many threads each of them has.
 
@@ -162,7 +173,16 @@ class HardwareProfile:
 
 def detect_hardware() -> HardwareProfile:
     """Return what this process can use of the machine it runs on."""
-    return HardwareProfile(system.usable_cores(), system.usable_memory(), None)
+    return HardwareProfile(system.usable_cores(), system.usable_memory(), free_gpu_bytes())
+
+
+def free_gpu_bytes(device: int = 0) -> int | None:
+    """Return the free memory of a GPU; None if there is no such GPU, or it cannot be asked."""
+    try:
+        free, _ = mempool.free_memory(device)
+    except SpeechRNTError:
+        return None
+    return free
 
 
 def recommend(hardware: HardwareProfile) -> OptimizationConfig:

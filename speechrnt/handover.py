@@ -158,7 +158,9 @@ class FeatureHandover:
             return HandoverStatistics(*self._counters)
 
 
-def open_handover(device: int, compute_type: str) -> FeatureHandover | None:
+def open_handover(
+    device: int, compute_type: str, pool_bytes: int | None = None
+) -> FeatureHandover | None:
     """Return what hands features to a model on one GPU; None if they go CTranslate2's way.
 
     Parameters
@@ -167,6 +169,9 @@ def open_handover(device: int, compute_type: str) -> FeatureHandover | None:
         Number of the GPU.
     compute_type
         What the model computes in, as `ctranslate2.models.Whisper.compute_type` tells.
+    pool_bytes
+        Limit of a pool for this model alone; 0 for CTranslate2's way. None: the pool that all
+        share.
 
     Raises
     ------
@@ -175,10 +180,11 @@ def open_handover(device: int, compute_type: str) -> FeatureHandover | None:
     GpuError
         If the driver refused.
     """
-    if why_off() is not None:
+    if why_off() is not None or pool_bytes == 0:
         return None
     is_half = compute_type in ("float16", "int8_float16")
-    return FeatureHandover(device, "float16" if is_half else "float32")
+    pool = None if pool_bytes is None else gpu.GpuMemoryPool(device, limit=pool_bytes)
+    return FeatureHandover(device, "float16" if is_half else "float32", pool)
 
 
 def why_off() -> str | None:

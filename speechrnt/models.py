@@ -355,6 +355,7 @@ def load_model(
     files: Mapping[str, bytes | BinaryIO] | None = None,
     revision: str | None = None,
     use_auth_token: str | bool | None = None,
+    gpu_pool_bytes: int | None = None,
     **model_kwargs: Any,
 ) -> Model:
     """Load a Whisper model.
@@ -388,6 +389,9 @@ def load_model(
         Branch, tag or commit of the hub repository.
     use_auth_token
         Token for the hub, or True for the one stored by its login command.
+    gpu_pool_bytes
+        Limit of the memory on the GPU through which features reach the model. None: they go through
+        a pool that all models share; 0: CTranslate2's way.
     **model_kwargs
         Passed on to `ctranslate2.models.Whisper`.
 
@@ -427,6 +431,8 @@ def load_model(
     compute_type = resolve_compute_type(compute_type, device, indices[0])
     _check_count("cpu_threads", cpu_threads, 0)
     _check_count("num_workers", num_workers, 1)
+    if gpu_pool_bytes is not None:
+        _check_count("gpu_pool_bytes", gpu_pool_bytes, 0)
     if files is None:
         directory = _find(
             model,
@@ -486,7 +492,9 @@ def load_model(
         raise ModelLoadError(f"{name}: {error}") from error
     # With several GPUs, nobody knows yet which of them a call will run on.
     on_one_gpu = device == "cuda" and len(indices) == 1
-    handover = open_handover(indices[0], whisper.compute_type) if on_one_gpu else None
+    handover = None
+    if on_one_gpu:
+        handover = open_handover(indices[0], whisper.compute_type, gpu_pool_bytes)
     return Model(name, whisper, tokenizer, capabilities, shape, handover)
 
 

@@ -28,7 +28,13 @@ from ._sched import Priority, Scheduler
 from .audio import SAMPLE_RATE, AudioInput
 from .batch_sizes import BatchSizes, Costs
 from .batching import Dispatcher
-from .config import HardwareProfile, OptimizationConfig, detect_hardware, recommend
+from .config import (
+    HardwareProfile,
+    OptimizationConfig,
+    detect_hardware,
+    free_gpu_bytes,
+    recommend,
+)
 from .errors import ModelError, OptionError, Overloaded, SpeechRNTError
 from .events import Event
 from .executor import Executor, InlineExecutor, SchedulerExecutor
@@ -135,8 +141,11 @@ class PerformanceOptimizedSTT:
         device = resolve_device(device)
         cores = usable_cores()
         workers, threads = config.model_threads(device, cores)
-        if device == "cpu" and not config.retain_inference_memory:
-            inference_memory.configure("off")
+        place = "cpu" if device == "cpu" else f"cuda:{device_index}"
+        if not config.retain_inference_memory:
+            inference_memory.configure("off", device=place)
+        if device == "cuda":
+            load_options["gpu_pool_bytes"] = config.gpu_pool_bytes(free_gpu_bytes(device_index))
         self.model: Model = load_model(
             model,
             device,
