@@ -299,7 +299,8 @@ cdef class GpuMemoryHandle:
             and, on a stream, do not block the host: see `speechrnt.gpu.pinned_memory`.
         stream : GpuStream, int or object with ``__cuda_stream__``, optional
             Do it in the order of this stream, and return at once; `source` must not change before
-            the stream gets there. Otherwise the copy is done when this returns.
+            the stream gets there. The block refers to it until its next copy or its end. Otherwise
+            the copy is done when this returns.
 
         Raises
         ------

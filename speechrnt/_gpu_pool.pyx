@@ -470,6 +470,7 @@ cdef sr_gpu_pool *gpu_pool_of(object pool) except NULL:
 
 
 @cython.final
+@cython.no_gc  # or its pool could be gone when it ends
 cdef class GpuStream:
     """A stream of a pool's device; made by `GpuMemoryPool.stream`.
 
@@ -517,7 +518,10 @@ cdef class GpuStream:
         cdef const sr_gpu_driver *driver = gpu_driver()
         cdef void *context = gpu_context(self.pool.pool)
         cdef void *stream = self.living()
+        cdef int status = gpu_state(self.pool.pool)
         cdef int code
+        if status not in (SR_OK, SR_CLOSED):
+            self.pool.check(status, 0)
         with nogil:
             code = driver.push_context(context)
             if code == 0:
@@ -572,7 +576,10 @@ cdef int order_streams(BasePool pool, void *first, void *then) noexcept:
     cdef const sr_gpu_driver *driver = gpu_driver()
     cdef void *context = gpu_context(pool.pool)
     cdef void *event = NULL
+    cdef int status = gpu_state(pool.pool)
     cdef int code
+    if status not in (SR_OK, SR_CLOSED):
+        return status
     with nogil:
         code = driver.push_context(context)
         if code == 0:

@@ -263,6 +263,19 @@ def test_frees_on_a_stream_that_is_closed_are_not_lost(double, pool):
     assert pool.statistics().pending == 0
 
 
+def test_streams_and_blocks_in_a_cycle_are_collected(double):
+    before = double.everything()
+    pool = GpuMemoryPool(limit=32 * MIB, chunk=2 * MIB)
+    stream = pool.stream()
+    block = pool.allocate(100, stream=stream)
+    block.copy_from(bytes(100), stream=stream)
+    cycle = [stream, block, pool]
+    cycle.append(cycle)
+    del stream, block, pool, cycle
+    gc.collect()
+    assert double.everything() == before
+
+
 def test_streams_of_others_are_taken_by_address_and_by_protocol(pool):
     ours = pool.stream()
 
