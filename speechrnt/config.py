@@ -28,10 +28,10 @@ class OptimizationConfig:
     Attributes
     ----------
     audio_buffer_pool_size
-        Buffers of audio and features that are kept at most. More are allocated if needed, and
-        counted as overflows.
+        Buffers of audio and features that are kept at most, however high the demand was. More are
+        made while they are needed, up to what the limits on requests and utterances allow.
     result_pool_size
-        The same for the records in which results come together; None: twice as many.
+        Records of results that are kept at most; None: twice as many.
     enable_gpu_memory_pool
         Whether features reach a GPU through pooled memory there.
     gpu_memory_pool_size_mb

@@ -59,6 +59,12 @@ logger = logging.getLogger("speechrnt")
 
 # A window's model job is bounded; this many of them keep the model busy from one utterance alone.
 _BATCHES_IN_FLIGHT = 2
+
+# Buffers that an utterance holds beside the features of those: its audio, and windows that were cut
+# with the last of them. And the most that a pool can have.
+_OTHER_BUFFERS = 8
+_MOST_BUFFERS = 1 << 19
+
 _PLANS_CACHED = 256
 
 _engines: weakref.WeakSet[PerformanceOptimizedSTT] = weakref.WeakSet()
@@ -166,8 +172,14 @@ class PerformanceOptimizedSTT:
         self._is_closed = False
 
         self._stages = {stage: Histogram() for stage in STAGES}
+        windows_in_flight = _BATCHES_IN_FLIGHT * config.max_batch_size
+        utterances = config.max_queued_requests + config.max_concurrent_utterances
+        most_buffers = utterances * (windows_in_flight + _OTHER_BUFFERS) + 2 * workers
         self._buffers = AudioBufferPool(
-            PoolLimits(max_size=config.audio_buffer_pool_size, overflow="allocate")
+            PoolLimits(
+                soft_size=config.audio_buffer_pool_size,
+                max_size=min(max(most_buffers, config.audio_buffer_pool_size), _MOST_BUFFERS),
+            )
         )
         self._results = TranscriptionResultPool(
             PoolLimits(max_size=config.result_records, overflow="allocate")
@@ -179,7 +191,6 @@ class PerformanceOptimizedSTT:
                 config.thread_pool_size or cores, stealing=config.enable_work_stealing
             )
             executor = SchedulerExecutor(self._scheduler)
-        windows_in_flight = _BATCHES_IN_FLIGHT * config.max_batch_size
         # Nothing below refers to the engine, which would never be collected.
         fitting_batch = partial(self.model.fitting_batch, config.max_batch_size)
         self._sizes = BatchSizes(config.max_batch_size, fitting_batch, device)
@@ -189,8 +200,7 @@ class PerformanceOptimizedSTT:
             self._sizes,
             self._buffers,
             executor,
-            max_queued=windows_in_flight
-            * (config.max_queued_requests + config.max_concurrent_utterances),
+            max_queued=windows_in_flight * utterances,
         )
         self._pipeline = UtterancePipeline(
             self.model,
