@@ -22,6 +22,7 @@ __all__ = [
     "Slice",
     "build_prompt",
     "compression_ratio",
+    "ends_in_one_timestamp",
     "length_limit",
     "max_new_tokens",
     "parse_result",
@@ -93,6 +94,10 @@ def build_prompt(
     previous_tokens: Sequence[int],
     without_timestamps: bool,
     max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+    *,
+    hotwords: Sequence[int] = (),
+    prefix: Sequence[int] = (),
+    new_tokens: int = 0,
 ) -> list[int]:
     """Return the ids a window's decoding starts from.
 
@@ -106,14 +111,31 @@ def build_prompt(
         Whether the transcript shall be free of timestamps.
     max_prompt_tokens
         How many of the last `previous_tokens` to use.
+    hotwords
+        What stands before `previous_tokens` in every window; not together with a prefix.
+    prefix
+        What the transcript begins with.
+    new_tokens
+        Positions to keep free for the transcript: there are fewer `previous_tokens`, if need be.
     """
-    prompt = []
-    if previous_tokens and max_prompt_tokens and tokenizer.sot_prev is not None:
-        prompt = [tokenizer.sot_prev, *previous_tokens[-max_prompt_tokens:]]
-    prompt += tokenizer.sot_sequence(language, task)
+    opening = tokenizer.sot_sequence(language, task)
     if without_timestamps:
-        prompt.append(tokenizer.no_timestamps)
-    return prompt
+        opening.append(tokenizer.no_timestamps)
+    if prefix:
+        if not without_timestamps:
+            opening.append(tokenizer.timestamp_begin)
+        opening += prefix
+        hotwords = ()
+    room = MAX_LENGTH - new_tokens - len(opening) - len(hotwords) - 1
+    n_previous = max(0, min(max_prompt_tokens, room, len(previous_tokens)))
+    if tokenizer.sot_prev is None or not (hotwords or n_previous):
+        return opening
+    return [
+        tokenizer.sot_prev,
+        *hotwords,
+        *previous_tokens[len(previous_tokens) - n_previous :],
+        *opening,
+    ]
 
 
 def search_arguments(
@@ -175,6 +197,11 @@ def parse_result(
     )
 
 
+def ends_in_one_timestamp(tokens: Sequence[int], timestamp_begin: int) -> bool:
+    """Tell whether a transcript ends in a timestamp after text: nothing is said after that."""
+    return len(tokens) > 1 and tokens[-2] < timestamp_begin <= tokens[-1]
+
+
 def split_by_timestamps(
     tokens: list[int], timestamp_begin: int, window_frames: int, window_duration: float
 ) -> tuple[list[Slice], int]:
@@ -208,8 +235,8 @@ def split_by_timestamps(
         end = (last - timestamp_begin) * TIME_PRECISION
         return [Slice(0.0, end or window_duration, tokens)], window_frames
 
-    ends_in_one_timestamp = tokens[-2] < timestamp_begin <= tokens[-1]
-    if ends_in_one_timestamp:
+    is_done = ends_in_one_timestamp(tokens, timestamp_begin)
+    if is_done:
         cuts.append(len(tokens))
     slices = []
     for first, past in zip([0, *cuts], cuts, strict=False):
@@ -217,6 +244,6 @@ def split_by_timestamps(
         start = (piece[0] - timestamp_begin) * TIME_PRECISION
         end = (piece[-1] - timestamp_begin) * TIME_PRECISION
         slices.append(Slice(start, end, piece))
-    if ends_in_one_timestamp:
+    if is_done:
         return slices, window_frames
     return slices, (tokens[cuts[-1] - 1] - timestamp_begin) * _FRAMES_PER_TIMESTAMP

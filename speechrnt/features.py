@@ -6,6 +6,7 @@ whatever the audio; `ReducedContextWindows` gives the encoder only the audio and
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -92,24 +93,59 @@ class FeatureExtractor:
         -------
         (feature_size, n // hop_length + 1) ndarray of float32
         """
-        samples = np.pad(np.asarray(waveform, dtype=np.float32), (0, HOP_LENGTH))
-        padded = np.pad(samples, N_FFT // 2, mode="reflect")
-        frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH][:-1]
+        return self.log_mel(self.power_spectrum(waveform))
+
+    def power_spectrum(self, waveform: ArrayLike) -> NDArray[np.float32]:
+        """Return the power spectrum of a whole signal, the first half of the work.
+
+        The signal is continued with a hop of silence, and mirrored at both ends of that.
+
+        Returns
+        -------
+        (n // hop_length + 1, n_fft // 2 + 1) ndarray of float32
+        """
+        samples = np.asarray(waveform, dtype=np.float32)
+        n_frames = len(samples) // HOP_LENGTH + 1
         window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
-        # The spectra in blocks, as those of an hour at once would take gigabytes. The filters in
-        # one product, as the order in which BLAS sums may depend on the size of the matrices.
-        power = np.empty((len(frames), N_FFT // 2 + 1), dtype=np.float32)
-        for start in range(0, len(frames), WINDOW_FRAMES):
-            block = slice(start, start + WINDOW_FRAMES)
+        power = np.empty((n_frames, N_FFT // 2 + 1), dtype=np.float32)
+        # In blocks, as what lies between samples and power would take gigabytes for an hour.
+        for start in range(0, n_frames, WINDOW_FRAMES):
+            end = min(start + WINDOW_FRAMES, n_frames)
+            padded = _mirrored(samples, start, end)
+            frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH]
             # NumPy before 2.0 transforms in double precision.
-            spectrum = np.fft.rfft(frames[block] * window).astype(np.complex64, copy=False)
-            power[block] = np.abs(spectrum) ** 2
+            spectrum = np.fft.rfft(frames * window).astype(np.complex64, copy=False)
+            np.square(np.abs(spectrum), out=power[start:end])
+        return power
+
+    def log_mel(self, power: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the normalised log-mel spectrogram of a power spectrum, the second half."""
+        # In one product, as the order in which BLAS sums depends on the size of the matrices.
         log_mel = self.mel_filters @ power.T
         np.log10(np.maximum(log_mel, 1e-10, out=log_mel), out=log_mel)
         np.maximum(log_mel, log_mel.max() - np.float32(8), out=log_mel)
         log_mel += np.float32(4)
         log_mel /= np.float32(4)
         return log_mel
+
+
+def _mirrored(samples: NDArray[np.float32], first: int, past: int) -> NDArray[np.float32]:
+    """Return the samples that the frames from `first` to `past` need."""
+    reach = N_FFT // 2
+    begin, end = first * HOP_LENGTH - reach, (past - 1) * HOP_LENGTH + reach
+    n_samples = len(samples) + HOP_LENGTH
+    piece = samples[max(begin, 0) : end]
+    if begin >= 0 and end <= len(samples):
+        return piece
+    if n_samples <= reach:
+        # Mirrored more than once.
+        padded = np.pad(np.pad(samples, (0, HOP_LENGTH)), reach, mode="reflect")
+        return padded[begin + reach : end + reach]
+    # Whether or not the mirror images are needed, what they are made from is in reach.
+    silence = np.zeros(min(max(end - len(samples), 0), HOP_LENGTH), dtype=np.float32)
+    piece = np.concatenate([piece, silence])
+    left, right = max(-begin, 0), max(end - n_samples, 0)
+    return np.pad(piece, (left, right), mode="reflect")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,13 +182,16 @@ class Windows(ABC):
     ----------
     content_frames
         Mel frames of the recording.
+    window_frames
+        Mel frames of the longest window.
     """
 
     content_frames: int
+    window_frames: int = WINDOW_FRAMES
 
     @abstractmethod
-    def at(self, seek: int) -> Window:
-        """Return the window that starts at frame `seek`."""
+    def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
+        """Return the window that starts at frame `seek`, with no audio from `clip_end` on."""
 
     def full_context(self, window: Window) -> Window:
         """Return the same audio with the encoder's full context."""
@@ -168,16 +207,19 @@ class FullContextWindows(Windows):
     ----------
     features : (n_mels, n // 160 + 1) ndarray of float32
         The recording, from `FeatureExtractor`.
+    window_frames
+        Most mel frames of audio in one window.
     """
 
-    def __init__(self, features: NDArray[np.float32]) -> None:
+    def __init__(self, features: NDArray[np.float32], window_frames: int = WINDOW_FRAMES) -> None:
         self._features = features
+        self.window_frames = window_frames
         # The last frame stands for less than a hop of audio and is never decoded.
         self.content_frames = self._features.shape[1] - 1
 
-    def at(self, seek: int) -> Window:
+    def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
         """Return the window that starts at frame `seek`, `WINDOW_FRAMES` long with its padding."""
-        frames = min(WINDOW_FRAMES, self.content_frames - seek)
+        frames = min(self.window_frames, min(self.content_frames, clip_end) - seek)
         features = np.zeros((1, len(self._features), WINDOW_FRAMES), dtype=np.float32)
         features[0, :, :frames] = self._features[:, seek : seek + frames]
         return Window(seek, frames, features)
@@ -212,13 +254,13 @@ class ReducedContextWindows(Windows):
     ) -> None:
         self._log10_mel = _mel.log10_mel(samples, n_mels)
         self.content_frames = self._log10_mel.shape[1] - 1
-        self._longest = round(longest_s * FRAMES_PER_SECOND)
+        self._longest = self.window_frames = round(longest_s * FRAMES_PER_SECOND)
         self._margin = round(margin_s * FRAMES_PER_SECOND)
         self._floor = round(floor_s * FRAMES_PER_SECOND)
 
-    def at(self, seek: int) -> Window:
-        """Return the window that starts at frame `seek`."""
-        frames = self.content_frames - seek
+    def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
+        """Return the window that starts at frame `seek`, with no audio from `clip_end` on."""
+        frames = min(self.content_frames, clip_end) - seek
         if frames > self._longest:
             frames = self._quietest_cut(seek)
         return self._window(seek, frames, self._context(frames))

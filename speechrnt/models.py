@@ -332,6 +332,22 @@ class Model:
         except (GpuUnavailable, GpuError):
             return wanted
 
+    def align(
+        self,
+        encoding: ctranslate2.StorageView,
+        opening: list[int],
+        texts: list[list[int]],
+        frames: list[int],
+        median_filter_width: int,
+    ) -> list[ctranslate2.models.WhisperAlignmentResult]:
+        """Find out when the tokens of transcripts were said; see `Whisper.align`."""
+        whisper = self._here()
+        with _calls:
+            alignments: list[ctranslate2.models.WhisperAlignmentResult] = whisper.align(
+                encoding, opening, texts, frames, median_filter_width=median_filter_width
+            )
+        return alignments
+
     def _here(self) -> ctranslate2.models.Whisper:
         """Return the model if it belongs to this process."""
         if os.getpid() != self._process:

@@ -44,7 +44,7 @@ class Segment:
     avg_logprob, compression_ratio, no_speech_prob, temperature
         Of the window; see `DecodingResult`.
     words
-        None.
+        The words and their times; None where they were not asked for.
     """
 
     id: int
@@ -93,7 +93,7 @@ class TranscriptionOptions:
     append_punctuations: str
     multilingual: bool
     max_new_tokens: int | None
-    clip_timestamps: str | list[float]
+    clip_timestamps: str | Sequence[Any] | None
     hallucination_silence_threshold: float | None
     hotwords: str | None
 
@@ -104,6 +104,12 @@ class TranscriptionOptions:
                 raise OptionError(f"{name}: must be True or False, not {value!r}")
         for name, (kind, least, most) in _NUMBERS.items():
             _check_number(name, getattr(self, name), kind, least, most)
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in _PUNCTUATION):
+                raise OptionError(f"{name}: must be text, not {value!r}")
+        if self.max_new_tokens is not None:
+            _check_number("max_new_tokens", self.max_new_tokens, Integral, 1, 448)
         for name in _THRESHOLDS:
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), Real, -math.inf, math.inf)
@@ -119,7 +125,16 @@ class TranscriptionOptions:
                 )
 
 
-_FLAGS = ("condition_on_previous_text", "suppress_blank", "without_timestamps")
+_FLAGS = (
+    "condition_on_previous_text",
+    "suppress_blank",
+    "without_timestamps",
+    "word_timestamps",
+    "multilingual",
+)
+
+_PUNCTUATION = ("prepend_punctuations", "append_punctuations")
+_TEXTS = ("prefix", "hotwords", *_PUNCTUATION)
 
 # The upper bounds are far beyond what makes sense, and keep CTranslate2's arithmetic in range.
 _NUMBERS = {
@@ -133,7 +148,12 @@ _NUMBERS = {
     "prompt_reset_on_temperature": (Real, -math.inf, math.inf),
 }
 
-_THRESHOLDS = ("log_prob_threshold", "no_speech_threshold", "compression_ratio_threshold")
+_THRESHOLDS = (
+    "log_prob_threshold",
+    "no_speech_threshold",
+    "compression_ratio_threshold",
+    "hallucination_silence_threshold",
+)
 
 # Below, the scaled scores overflow.
 _LEAST_TEMPERATURE = 0.001
@@ -162,7 +182,7 @@ class TranscriptionInfo:
     transcription_options
         The options in effect.
     vad_options
-        None.
+        The `VadOptions` in effect; None without voice activity detection.
     warnings
         What was wrong with the input without making it unusable: a truncated file, an option that
         the model has no use for.

@@ -3,54 +3,115 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from numbers import Integral, Real
 from os import PathLike
 from typing import Any, BinaryIO, Literal
 
 import ctranslate2
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
+from tqdm import tqdm
 
-from .audio import Audio, AudioInput, load_audio
+from .audio import SAMPLE_RATE, AudioInput, load_audio
+from .decoding import MAX_LENGTH
 from .errors import OptionError
 from .features import (
+    FRAMES_PER_SECOND,
+    HOP_LENGTH,
+    WINDOW_FRAMES,
     WINDOW_SECONDS,
     FeatureExtractor,
     FullContextWindows,
     ReducedContextWindows,
+    Windows,
 )
-from .models import DEFAULT_MODEL, load_model
+from .models import DEFAULT_MODEL, Model, load_model
 from .results import Segment, TranscriptionInfo, TranscriptionOptions
-from .sequential import SequentialDecoder
+from .sequential import LanguageProbabilities, SequentialDecoder, most_likely_language
+from .speech_timestamps import (
+    SpeechTimestampsMap,
+    VadOptions,
+    collect_chunks,
+    get_speech_timestamps,
+    vad_options,
+)
+from .tokenizer import TIME_PRECISION
 
-__all__ = ["WhisperModel"]
+__all__ = ["Segments", "WhisperModel"]
 
 logger = logging.getLogger("speechrnt")
 
 PREPEND_PUNCTUATIONS = "\"'“¿([{-"
 APPEND_PUNCTUATIONS = "\"'.。,，!！?？:：”)]}、"
 
-# Options of faster-whisper that this version lacks, with the value that means "not wanted".
-_UNAVAILABLE_OPTIONS: Mapping[str, Any] = {
-    "prefix": None,
-    "word_timestamps": False,
-    "prepend_punctuations": PREPEND_PUNCTUATIONS,
-    "append_punctuations": APPEND_PUNCTUATIONS,
-    "multilingual": False,
-    "vad_filter": False,
-    "vad_parameters": None,
-    "max_new_tokens": None,
-    "chunk_length": None,
-    "clip_timestamps": "0",
-    "hallucination_silence_threshold": None,
-    "hotwords": None,
-    "language_detection_segments": 1,
-}
-
 # A model that declares nothing about its context is given at least this much, and at least this
 # much silence after the audio: below, stock Whisper weights miss the end of the text and loop.
 _UNDECLARED_FLOOR_S = 10.0
 _UNDECLARED_MARGIN_S = 2.0
+
+
+class Segments(Iterator[Segment]):
+    """The segments of one recording, decoded as they are asked for.
+
+    Iterated by one thread at a time; `cancel` and the progress may be used from any.
+
+    Attributes
+    ----------
+    duration : float
+        Seconds of audio to go through.
+    seconds_done : float
+        Seconds that have been gone through.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Callable[[float], None]], Iterator[Segment]],
+        duration: float,
+        log_progress: bool = False,
+    ) -> None:
+        self.duration = duration
+        self.seconds_done = 0.0
+        self._cancelled = False
+        self._bar = tqdm(total=duration, unit="s", disable=not log_progress)
+        self._segments = decode(self._progress)
+
+    def __next__(self) -> Segment:
+        self._check()
+        try:
+            segment = next(self._segments)
+        except BaseException:
+            self._bar.close()
+            raise
+        self._check()
+        return segment
+
+    def cancel(self) -> None:
+        """Let no further window be decoded.
+
+        One that is under way is finished, as CTranslate2 cannot be interrupted, and then dropped.
+        Whoever asks for a segment afterwards gets a `concurrent.futures.CancelledError`.
+        """
+        self._cancelled = True
+
+    def close(self) -> None:
+        """End the iteration and free what it holds, as generators do."""
+        self._bar.close()
+        close = getattr(self._segments, "close", None)
+        if close is not None:
+            close()
+
+    def _progress(self, seconds: float) -> None:
+        self._bar.update(seconds - self.seconds_done)
+        self.seconds_done = seconds
+        self._check()
+
+    def _check(self) -> None:
+        if self._cancelled:
+            raise CancelledError("the transcription was cancelled")
 
 
 class WhisperModel:
@@ -76,7 +137,20 @@ class WhisperModel:
         Its tokenizer.
     feature_extractor
         Its features.
+    logger
+        Where messages go.
+    frames_per_second, tokens_per_second, time_precision, input_stride, num_samples_per_token, \
+    max_length
+        Constants of Whisper.
     """
+
+    logger = logger
+    frames_per_second = FRAMES_PER_SECOND
+    tokens_per_second = round(1 / TIME_PRECISION)
+    time_precision = TIME_PRECISION
+    input_stride = FRAMES_PER_SECOND // tokens_per_second
+    num_samples_per_token = HOP_LENGTH * input_stride
+    max_length = MAX_LENGTH
 
     def __init__(
         self,
@@ -124,6 +198,11 @@ class WhisperModel:
         """Codes of the languages the model knows."""
         return list(self._model.tokenizer.languages)
 
+    @property
+    def feat_kwargs(self) -> dict[str, Any]:
+        """What distinguishes the features of this model from those of others."""
+        return {"feature_size": self._model.n_mels}
+
     def transcribe(
         self,
         audio: AudioInput,
@@ -153,16 +232,16 @@ class WhisperModel:
         append_punctuations: str = APPEND_PUNCTUATIONS,
         multilingual: bool = False,
         vad_filter: bool = False,
-        vad_parameters: Any = None,
+        vad_parameters: Mapping[str, Any] | VadOptions | None = None,
         max_new_tokens: int | None = None,
         chunk_length: int | None = None,
-        clip_timestamps: str | list[float] = "0",
+        clip_timestamps: str | Sequence[float] = "0",
         hallucination_silence_threshold: float | None = None,
         hotwords: str | None = None,
         language_detection_threshold: float | None = 0.5,
         language_detection_segments: int = 1,
         audio_context: Literal["full", "auto"] | float | None = None,
-    ) -> tuple[Iterator[Segment], TranscriptionInfo]:
+    ) -> tuple[Segments, TranscriptionInfo]:
         """Transcribe a recording of any length.
 
         Reading the audio, computing its features and, where no language is given, detecting it
@@ -202,6 +281,8 @@ class WhisperModel:
             Forget the transcript so far after a window that needed a higher temperature.
         initial_prompt
             Text or token ids that stand before the transcript.
+        prefix
+            What the transcript begins with, if it begins with the recording.
         suppress_blank
             Do not begin a transcript with a blank.
         suppress_tokens
@@ -211,8 +292,35 @@ class WhisperModel:
             Decode text only: one segment per window.
         max_initial_timestamp
             Latest start of the first segment of a window, in seconds.
+        word_timestamps
+            Find out when each word was said.
+        prepend_punctuations, append_punctuations
+            Marks that belong to the word after them, and to the word before.
+        multilingual
+            Detect the language of each window anew.
+        vad_filter
+            Transcribe only what holds speech. Has no effect together with clips.
+        vad_parameters
+            What counts as speech: `VadOptions`, or some of them by name.
+        max_new_tokens
+            Most tokens of a window's transcript; CTranslate2 may stop earlier, after half of prompt
+            and transcript together.
+        chunk_length
+            Most seconds of audio in one window, up to 30.
+        clip_timestamps
+            Starts and ends of what to transcribe, in seconds, in turns: as text, with commas, or
+            numbers. Without the last end, up to the end of the recording.
+        hallucination_silence_threshold
+            With `word_timestamps`: where text looks made up, skip silences longer than this many
+            seconds.
+        hotwords
+            Words to expect, put before the transcript so far in every window; void where there is a
+            prefix.
         language_detection_threshold
-            Has no effect while the language is detected from one window, as in this version.
+            Probability from which the language of a window is that of the recording. None: the
+            language of most windows is.
+        language_detection_segments
+            How many windows to detect the language from, at most.
         audio_context
             How much of the encoder's 30 s to use. ``"full"``: all of it, as faster-whisper does.
             ``"auto"``: the length of the audio and a margin, in windows and with prompts no longer
@@ -221,10 +329,6 @@ class WhisperModel:
             that declares nothing, ``"auto"`` keeps a floor of 10 s and a margin of 2 s, decodes a
             window again in full context if its transcript looks wrong, and leaves recordings over
             30 s at full context.
-        prefix, word_timestamps, prepend_punctuations, append_punctuations, multilingual, \
-        vad_filter, vad_parameters, max_new_tokens, chunk_length, clip_timestamps, \
-        hallucination_silence_threshold, hotwords, language_detection_segments
-            Not available in this version.
 
         Returns
         -------
@@ -239,31 +343,21 @@ class WhisperModel:
             If the audio cannot be read or is not usable.
         OptionError
             If an option is unknown or out of range.
-        NotImplementedError
-            If one of the unavailable options is given.
         """
-        given = locals()
-        for name, default in _UNAVAILABLE_OPTIONS.items():
-            value = given[name]
-            if not isinstance(value, type(default)) or value != default:
-                raise NotImplementedError(f"{name}: not available in this version of speechrnt")
-        if not isinstance(log_progress, bool):
-            raise OptionError(f"log_progress: must be True or False, not {log_progress!r}")
-        if not isinstance(language_detection_threshold, (Real, type(None))):
-            raise OptionError(
-                "language_detection_threshold: must be a number or None, not "
-                f"{language_detection_threshold!r}"
-            )
+        check_flag("log_progress", log_progress)
+        check_flag("vad_filter", vad_filter)
+        check_flag("multilingual", multilingual)
+        check_detection(language_detection_segments, language_detection_threshold)
+        window_frames = checked_chunk_length(chunk_length) * FRAMES_PER_SECOND
+        clips = _parsed_clips(clip_timestamps)
+        vad = vad_options(vad_parameters)
 
         tokenizer = self._model.tokenizer
-        warnings = []
-        if not self._model.is_multilingual:
-            if language not in (None, "en"):
-                warnings.append(f"language {language!r} has no effect: the model is English-only")
-            if task == "translate":
-                warnings.append("task 'translate' has no effect: the model is English-only")
-            language = "en"
-        tokenizer.sot_sequence(tokenizer.languages[0] if language is None else language, task)
+        warnings: list[str] = []
+        if vad_filter and clips not in ([], [0.0]):
+            warnings.append("vad_filter has no effect: clip_timestamps are given")
+            vad_filter = False
+        language, multilingual = check_language(self._model, language, task, multilingual, warnings)
         if initial_prompt is not None and not isinstance(initial_prompt, str):
             initial_prompt = tokenizer.checked_ids("initial_prompt", initial_prompt)
         options = TranscriptionOptions(
@@ -294,56 +388,229 @@ class WhisperModel:
             hallucination_silence_threshold=hallucination_silence_threshold,
             hotwords=hotwords,
         )
+        floor_s = self._context_floor(audio_context)
         source = load_audio(audio)
-        reduced = self._reduced_windows(source, audio_context)
-        transcription = SequentialDecoder(
-            self._model,
-            reduced or FullContextWindows(self.feature_extractor(source.samples)),
-            options,
-            task,
-            reduced is not None,
-        )
-        if language is None:
-            all_language_probs = transcription.detect_language()
-            language, language_probability = all_language_probs[0]
-            logger.debug("detected %r with probability %.2f", language, language_probability)
+        samples, duration = source.samples, source.duration
+        warnings += source.warnings
+        del source, audio  # what was decoded here is freed as soon as it is not needed any more
+        speech = None
+        if vad_filter:
+            spans = get_speech_timestamps(samples, vad)
+            [samples], [_] = collect_chunks(samples, spans)
+            speech = SpeechTimestampsMap(spans) if spans else None
+        duration_after_vad = len(samples) / SAMPLE_RATE
+        reduced = self._reduced_windows(samples, floor_s, window_frames)
+        windows: Windows
+        if reduced is None:
+            power = self.feature_extractor.power_spectrum(samples)
+            del samples
+            windows = FullContextWindows(self.feature_extractor.log_mel(power), window_frames)
+            del power
         else:
-            all_language_probs, language_probability = None, 1.0
+            windows = reduced
+        transcription = SequentialDecoder(
+            self._model, windows, options, task, reduced is not None, clips, speech
+        )
+        all_language_probs, language_probability = None, 1.0
+        if language is None:
+            detected = transcription.detect_language(
+                language_detection_segments, language_detection_threshold
+            )
+            language, language_probability = detected.code, detected.probability
+            all_language_probs = detected.all_probabilities
+            logger.debug("detected %r with probability %.2f", language, language_probability)
         info = TranscriptionInfo(
             language=language,
             language_probability=language_probability,
-            duration=source.duration,
-            duration_after_vad=source.duration,
+            duration=duration,
+            duration_after_vad=duration_after_vad,
             all_language_probs=all_language_probs,
             transcription_options=options,
-            vad_options=None,
-            warnings=(*warnings, *source.warnings),
+            vad_options=vad if vad_filter else None,
+            warnings=tuple(warnings),
         )
-        return transcription.segments(language, log_progress), info
+        code = language
+        segments = Segments(
+            lambda progress: transcription.segments(code, progress),
+            windows.content_frames / FRAMES_PER_SECOND,
+            log_progress,
+        )
+        return segments, info
+
+    def detect_language(
+        self,
+        audio: AudioInput | None = None,
+        features: NDArray[np.float32] | None = None,
+        vad_filter: bool = False,
+        vad_parameters: Mapping[str, Any] | VadOptions | None = None,
+        language_detection_segments: int = 1,
+        language_detection_threshold: float | None = 0.5,
+    ) -> tuple[str, float, LanguageProbabilities]:
+        """Detect the language of a recording.
+
+        Parameters
+        ----------
+        audio
+            As for `transcribe`.
+        features : (n_mels, n_frames) array of float32
+            What `feature_extractor` made of it, in place of `audio`.
+        vad_filter, vad_parameters, language_detection_segments, language_detection_threshold
+            As for `transcribe`.
+
+        Returns
+        -------
+        language
+            Its code.
+        probability
+            How sure that is.
+        all_probabilities
+            Code and probability of every language in the last window looked at, best first.
+
+        Raises
+        ------
+        AudioError
+            If the audio cannot be read or is not usable.
+        OptionError
+            If an option is out of range, or neither audio nor features are given.
+        """
+        check_flag("vad_filter", vad_filter)
+        check_detection(language_detection_segments, language_detection_threshold)
+        vad = vad_options(vad_parameters)
+        if not self._model.is_multilingual:
+            return "en", 1.0, [("en", 1.0)]
+        if audio is not None:
+            samples = load_audio(audio).samples
+            if vad_filter:
+                [samples], [_] = collect_chunks(samples, get_speech_timestamps(samples, vad))
+            samples = samples[: language_detection_segments * WINDOW_SECONDS * SAMPLE_RATE]
+            features = self.feature_extractor(samples)
+        elif features is None:
+            raise OptionError("audio: give either audio or features")
+        else:
+            features = np.asarray(features, dtype=np.float32)
+            n_mels = self._model.n_mels
+            if features.ndim != 2 or len(features) != n_mels or not features.shape[1]:
+                raise OptionError(
+                    f"features: must be of shape ({n_mels}, n_frames), not {features.shape}"
+                )
+        return detect_language(
+            self._model, features, language_detection_segments, language_detection_threshold
+        )
+
+    def _context_floor(self, audio_context: Literal["full", "auto"] | float | None) -> float | None:
+        """Return the least context in seconds, None where it shall be full."""
+        if audio_context is None:
+            audio_context = "auto" if self._model.capabilities.variable_context else "full"
+        return _context_floor(audio_context)
 
     def _reduced_windows(
-        self, audio: Audio, audio_context: Literal["full", "auto"] | float | None
+        self, samples: NDArray[np.float32], floor_s: float | None, window_frames: int
     ) -> ReducedContextWindows | None:
         """Return the windows to use with a reduced context, None where it shall be full."""
-        capabilities = self._model.capabilities
-        if audio_context is None:
-            audio_context = "auto" if capabilities.variable_context else "full"
-        floor_s = _context_floor(audio_context)
         if floor_s is None:
             return None
+        capabilities = self._model.capabilities
         margin_s = capabilities.margin_s
         if not capabilities.variable_context:
-            if audio.duration > WINDOW_SECONDS:
+            if len(samples) > WINDOW_SECONDS * SAMPLE_RATE:
                 return None
             floor_s = floor_s or _UNDECLARED_FLOOR_S
             margin_s = _UNDECLARED_MARGIN_S
         return ReducedContextWindows(
-            audio.samples,
+            samples,
             self._model.n_mels,
-            longest_s=capabilities.max_window_s,
+            longest_s=min(capabilities.max_window_s, window_frames / FRAMES_PER_SECOND),
             margin_s=margin_s,
             floor_s=floor_s,
         )
+
+
+def detect_language(
+    model: Model, features: NDArray[np.float32], max_windows: int, threshold: float | None
+) -> tuple[str, float, LanguageProbabilities]:
+    """Detect the language of features, as faster-whisper does: with their last frame."""
+
+    def languages() -> Iterator[LanguageProbabilities]:
+        n_frames = min(features.shape[1], max_windows * WINDOW_FRAMES)
+        for start in range(0, n_frames, WINDOW_FRAMES):
+            piece = features[:, start : start + WINDOW_FRAMES]
+            window = np.zeros((1, len(features), WINDOW_FRAMES), dtype=np.float32)
+            window[0, :, : piece.shape[1]] = piece
+            yield model.detect_language(model.encode(window))
+
+    detected = most_likely_language(languages(), threshold)
+    return detected.code, detected.probability, detected.all_probabilities
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `OptionError` if an option is not True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise OptionError(f"{name}: must be True or False, not {value!r}")
+
+
+def check_detection(segments: object, threshold: object) -> None:
+    """Raise `OptionError` if the options for detecting the language are not usable."""
+    if not isinstance(segments, Integral) or isinstance(segments, bool) or segments < 1:
+        raise OptionError(
+            f"language_detection_segments: must be a whole number from 1, not {segments!r}"
+        )
+    if not isinstance(threshold, (Real, type(None))):
+        raise OptionError(
+            f"language_detection_threshold: must be a number or None, not {threshold!r}"
+        )
+
+
+def checked_chunk_length(chunk_length: int | None) -> int:
+    """Return how many seconds a window may hold."""
+    if chunk_length is None:
+        return WINDOW_SECONDS
+    is_whole = isinstance(chunk_length, Integral) and not isinstance(chunk_length, bool)
+    if not is_whole or not 1 <= chunk_length <= WINDOW_SECONDS:
+        raise OptionError(
+            f"chunk_length: must be a whole number of seconds from 1 to {WINDOW_SECONDS}, the "
+            f"encoder's window, not {chunk_length!r}"
+        )
+    return int(chunk_length)
+
+
+def check_language(
+    model: Model, language: str | None, task: str, multilingual: bool, warnings: list[str]
+) -> tuple[str | None, bool]:
+    """Return the language, and whether to detect it for each window, as far as the model can.
+
+    What it cannot is added to `warnings`.
+    """
+    if not model.is_multilingual:
+        if language not in (None, "en"):
+            warnings.append(f"language {language!r} has no effect: the model is English-only")
+        if task == "translate":
+            warnings.append("task 'translate' has no effect: the model is English-only")
+        if multilingual:
+            warnings.append("multilingual has no effect: the model is English-only")
+        language, multilingual = "en", False
+    tokenizer = model.tokenizer
+    tokenizer.sot_sequence(tokenizer.languages[0] if language is None else language, task)
+    return language, multilingual
+
+
+def _parsed_clips(clips: object) -> list[float]:
+    """Return the starts and ends of clips, in seconds."""
+    message = (
+        "clip_timestamps: must be seconds, start and end in turns and each end not before its "
+        f"start, as a list or as text like '0,5,10', not {clips!r}"
+    )
+    if isinstance(clips, str):
+        clips = clips.split(",") if clips.strip() else []
+    elif not isinstance(clips, Iterable) or isinstance(clips, (bytes, Mapping)):
+        raise OptionError(message)
+    try:
+        seconds = [float(clip) for clip in clips]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise OptionError(message) from error
+    in_order = all(s <= e for s, e in zip(seconds[::2], seconds[1::2], strict=False))
+    if not in_order or not all(0 <= second < math.inf for second in seconds):
+        raise OptionError(message)
+    return seconds
 
 
 def _context_floor(audio_context: object) -> float | None:

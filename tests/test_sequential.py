@@ -61,6 +61,12 @@ def options(**changes):
             "suppress_tokens": (),
             "without_timestamps": False,
             "max_initial_timestamp": 1.0,
+            "word_timestamps": False,
+            "multilingual": False,
+            "prefix": None,
+            "hotwords": None,
+            "max_new_tokens": None,
+            "hallucination_silence_threshold": None,
             **changes,
         }
     )
@@ -71,7 +77,7 @@ def run(model, windows=1, **changes):
     decoder = SequentialDecoder(
         model, FullContextWindows(features), options(**changes), "transcribe", False
     )
-    return list(decoder.segments("en", False))
+    return list(decoder.segments("en", lambda seconds: None))
 
 
 def test_the_first_good_transcript_is_taken(tokenizer):
