@@ -26,6 +26,4 @@ def rows(factors):
 
 
 def _covered(open_pairs, row, k, c):
-    return sum(
-        ((i, a, k, c) if i < k else (k, c, i, a)) in open_pairs for i, a in row.items()
-    )
+    return sum(((i, a, k, c) if i < k else (k, c, i, a)) in open_pairs for i, a in row.items())
