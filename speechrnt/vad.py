@@ -7,6 +7,7 @@ what belongs to a stream is its recurrent state, 1.3 KiB.
 
 from __future__ import annotations
 
+import os
 import threading
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,9 @@ _session_lock = threading.Lock()
 
 @cache
 def _load_session() -> Any:
+    # From 1.29 on it sends usage data to its makers, by a thread of its own, which also keeps
+    # forked children from exiting. It looks at this when it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

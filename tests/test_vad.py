@@ -1,7 +1,10 @@
 """Probabilities of speech: those of the reference, and the same however they are asked for."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +91,20 @@ def test_the_state_belongs_to_the_stream(speech):
         got += one.probabilities(speech[start : start + FRAME_SAMPLES])
         other.probabilities(noise)
     assert got == whole(speech)[: len(got)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_the_runtime_starts_no_thread_of_its_own():
+    """Such as the one that sends usage data to its makers."""
+    program = """
+import os
+import numpy as np
+from speechrnt.vad import VoiceActivityDetector
+before = len(os.listdir("/proc/self/task"))
+VoiceActivityDetector().probabilities(np.zeros(512, dtype=np.float32))
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_many_detectors_work_side_by_side_in_threads(clips):
