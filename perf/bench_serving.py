@@ -55,6 +55,8 @@ ROWS = {  # model, context, how much longer a measurement is
 }
 PEERS = ("lock", "workers", "limit", "engine")
 LIMIT_BATCHES = (1, 2, 4, 8)
+# Clips whose texts are compared, at the start.
+COMPARED = 8
 # Part of a measurement after which its clients are in step.
 LEAD = 0.25
 # A measurement goes on until so many clips are finished, but not forever.
@@ -276,17 +278,16 @@ def windows(samples, plan):
     return [samples[event.start : event.end] for event in events if isinstance(event, WindowCut)]
 
 
-def load_clips():
-    """Return samples and language of the recordings that are one window."""
+def find_clips():
+    """Return file and language of the recordings that are one window."""
     import speechrnt
 
     plan = make_plan(speechrnt.load_model("pico", "cpu", cpu_threads=1), "full")
-    clips = []
-    for entry in json.loads((SAMPLES / "manifest.json").read_text(encoding="utf-8")):
-        samples = speechrnt.load_audio(str(SAMPLES / entry["file"])).samples
-        if len(windows(samples, plan)) == 1:
-            clips.append((samples, entry["lang"]))
-    return clips
+    entries = json.loads((SAMPLES / "manifest.json").read_text(encoding="utf-8"))
+    clips = [(str(SAMPLES / entry["file"]), entry["lang"]) for entry in entries]
+    return [
+        clip for clip in clips if len(windows(speechrnt.load_audio(clip[0]).samples, plan)) == 1
+    ]
 
 
 def percentiles(latencies):
@@ -392,9 +393,11 @@ def run_peer(setup):
     """Be a peer: load, then measure what the standard input asks for."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    clips = load_clips()
+    from speechrnt import load_audio
+
+    clips = [(load_audio(file).samples, language) for file, language in setup["clips"]]
     peer = {"engine": Engine, "limit": Limit}.get(setup["peer"], FasterWhisper)(setup)
-    texts = [peer.transcribe(clip) for clip in clips]  # which also warms up
+    texts = [peer.transcribe(clip) for clip in clips[:COMPARED]]  # which also warms up
     for line in itertools.chain(["{}"], sys.stdin):
         order = json.loads(line)
         if not order:
@@ -415,8 +418,16 @@ class Peer:
     def __init__(self, stack, setup):
         self.name = setup["peer"]
         command = [sys.executable, __file__, "--peer", json.dumps(setup)]
+        # faster-whisper as it is where nothing of ours is in its process.
+        memory = "pool" if self.name in ("limit", "engine") else "off"
         self._process = stack.enter_context(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"SPEECHRNT_INFERENCE_MEMORY": memory},
+            )
         )
         stack.callback(self._process.stdin.close)
         self._batches = {}
@@ -459,7 +470,7 @@ def check_texts(peers, n_tokens):
                 sys.exit(f"{name}: did not decode {n_tokens} tokens each time")
 
 
-def measure_row(row, beam, arguments, models):
+def measure_row(row, beam, arguments, models, clips):
     model, context, longer = ROWS[row]
     seconds = arguments.seconds * longer
     closed, opened = [], []
@@ -473,6 +484,7 @@ def measure_row(row, beam, arguments, models):
                     "context": context,
                     "beam": beam,
                     "config": arguments.config,
+                    "clips": clips,
                 },
             )
             for name in arguments.peers
@@ -588,11 +600,12 @@ def main():
                     tokenizer=arguments.tokenizer,
                     n_tokens=arguments.tokens,
                 )
+        clips = find_clips()
         opened = [
             line
             for row in arguments.rows
             for beam in arguments.beams
-            for line in measure_row(row, beam, arguments, models)
+            for line in measure_row(row, beam, arguments, models, clips)
         ]
     if opened:
         print("\nPoisson arrivals, at a share of what the peer managed in the closed loop\n")

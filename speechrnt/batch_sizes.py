@@ -19,6 +19,8 @@ logger = logging.getLogger("speechrnt")
 
 # A larger size must make an item this much cheaper.
 _WORTH_WHILE = 0.95
+# Where it is this much dearer, no larger one is tried. What is measured may be off by a tenth.
+_HOPELESS = 1.15
 _REPEATS = 2
 
 # No further size is tried for a context after this.
@@ -142,7 +144,7 @@ def _growing(
         call(size)
         # The least, as everything that disturbs makes a call longer.
         costs[size] = min(_time(call, size, clock) for _ in range(_REPEATS)) / size
-        hopeless = costs[size] * _WORTH_WHILE > min(costs.values())
+        hopeless = costs[size] > min(costs.values()) * _HOPELESS
         if size == largest or hopeless or clock() - started > _BUDGET_S:
             return costs
         size = min(2 * size, largest)
