@@ -11,7 +11,7 @@ The rules for speech and silence are those of Silero's reference implementation
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -338,7 +338,14 @@ class Cutter:
         events = self.push(rest) if len(rest) else []
         events += self.segmenter.finish(self.position - self._origin)
         self._restart(self.position)
-        return events
+        # The last frame was filled up, but windows hold what there is; and there is no guessing.
+        return [
+            replace(event, end=min(event.end, self.position))
+            if isinstance(event, WindowCut)
+            else event
+            for event in events
+            if not isinstance(event, Pause)
+        ]
 
 
 def _frames(seconds: float) -> int:
