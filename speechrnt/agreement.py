@@ -1,9 +1,11 @@
-"""When a partial transcript can be relied on: LocalAgreement-2.
+"""When a partial transcript can be relied on: LocalAgreement.
 
-What two transcripts of a growing window begin with alike is committed (Liu, Spanakis, Niehues,
+What transcripts of a growing window begin with alike is committed (Liu, Spanakis, Niehues,
 "Low-latency sequence-to-sequence speech recognition and translation by partial hypothesis
 selection", Interspeech 2020; Macháček, Dabre, Bojar, "Turning Whisper into real-time transcription
-system", 2023).
+system", 2023). There, two transcripts must agree. But models complete sentences that they have not
+heard the end of, and do it alike while there is little more audio; so the agreement must have
+lasted, too, as in RealtimeSTT's stabilizer.
 """
 
 from __future__ import annotations
@@ -28,28 +30,43 @@ def join_words(words: list[str], language: str) -> str:
     return ("" if language in UNSPACED else " ").join(words)
 
 
+# Seconds of audio that an agreement must have lasted.
+_LASTING_S = 0.75
+
+
 class LocalAgreement:
     """What is committed of one window, and what its latest transcript says beyond that."""
 
     def __init__(self) -> None:
         self.committed: list[str] = []
         self.unstable: list[str] = []
-        self._last: list[str] = []
+        # Transcripts, and seconds of audio that they are of: the last that is old enough to commit
+        # words, and all after it.
+        self._recent: list[tuple[float, list[str]]] = []
 
-    def update(self, words: list[str]) -> list[str]:
+    def update(self, words: list[str], audio_s: float) -> list[str]:
         """Take the transcript of more audio than the last, and return what it commits.
 
         The last word is left out: the audio may end within it. A transcript that begins otherwise
         than what is committed commits nothing.
+
+        Parameters
+        ----------
+        words
+            The transcript.
+        audio_s
+            Seconds of audio that it is of, from anywhere.
         """
         words = words[:-1]
+        is_old = [audio_s - at >= _LASTING_S for at, _ in self._recent]
+        del self._recent[: max(sum(is_old) - 1, 0)]
         n_committed = len(self.committed)
-        agreed = _length_in_common(self._last, words)
         new: list[str] = []
-        if agreed > n_committed and words[:n_committed] == self.committed:
+        if any(is_old) and words[:n_committed] == self.committed:
+            agreed = min(_length_in_common(earlier, words) for _, earlier in self._recent)
             new = words[n_committed:agreed]
             self.committed += new
-        self._last = words
+        self._recent.append((audio_s, words))
         self.unstable = words[len(self.committed) :]
         return new
 

@@ -376,7 +376,7 @@ class Stream:
                     )
         if not self._is_compact and idle_s > _COMPACT_AFTER_S:
             self._is_compact = True
-            self._post(self._compact)
+            self._post_audio(self._compact)  # after the audio
         waits = self._state != "closed" and (self._pending or self._received > self._processed)
         seen = (self._processed, len(self._finals)) if waits else None
         if seen is None or seen != self._seen:
@@ -658,7 +658,8 @@ class Stream:
         self._counters.add("partials")
         self._language = preview.language
         is_first = not self._agreement.committed
-        new = self._agreement.update(split_words(preview.text, preview.language))
+        words = split_words(preview.text, preview.language)
+        new = self._agreement.update(words, position / SAMPLE_RATE)
         self._reflected = position
         at = self._arrival_of(position)
         if at is not None:

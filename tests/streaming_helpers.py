@@ -46,6 +46,13 @@ class Recordings:
             pieces += [trimmed(all_of_them[index % len(all_of_them)]), silence(pause_s)]
         return np.concatenate(pieces)
 
+    def spoken(self, language, count, skip=0):
+        """Return so many recordings of a language one after the other, as they were spoken."""
+        all_of_them = self.by_language[language]
+        return np.concatenate(
+            [all_of_them[index % len(all_of_them)] for index in range(skip, skip + count)]
+        )
+
 
 def one_shot(stt, samples, language=None, flushes=(), **options):
     """Transcribe a recording, cut where a stream was flushed."""

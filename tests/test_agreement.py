@@ -1,4 +1,4 @@
-"""LocalAgreement-2: what two transcripts of a growing window settle."""
+"""LocalAgreement: what two transcripts of a growing window settle."""
 
 import pytest
 from hypothesis import given
@@ -9,10 +9,12 @@ from speechrnt.agreement import LocalAgreement, join_words, split_words
 words = st.lists(st.sampled_from("one two three four".split()), max_size=6)
 
 
-def follow(*texts):
+def follow(*texts, step_s=1.0):
     """Show texts to an agreement; return it, and what each of them committed."""
     agreement = LocalAgreement()
-    return agreement, [agreement.update(text.split()) for text in texts]
+    return agreement, [
+        agreement.update(text.split(), number * step_s) for number, text in enumerate(texts)
+    ]
 
 
 class TestLocalAgreement:
@@ -44,7 +46,23 @@ class TestLocalAgreement:
         agreement, new = follow("a b c d", "a b c d", "a b", "a b c d e f")
         assert new[2:] == [[], []]  # the one before had no more than "a"
         assert agreement.committed == ["a", "b", "c"]
-        assert agreement.update("a b c d e f".split()) == ["d", "e"]
+        assert agreement.update("a b c d e f".split(), 9.0) == ["d", "e"]
+
+    def test_an_agreement_must_last(self):
+        # The model completes alike what it has not heard yet.
+        agreement, new = follow(
+            "my birthday is on May first",
+            "my birthday is on May first",
+            "my birthday is on April first",
+            "my birthday is on April first",
+            step_s=0.5,
+        )
+        assert new == [[], [], ["my", "birthday", "is", "on"], []]
+        assert agreement.update("my birthday is on April first".split(), 2.0) == ["April"]
+
+    def test_it_does_not_matter_how_many_agree_meanwhile(self):
+        _, new = follow(*["a b c"] * 12, step_s=0.125)
+        assert [bool(words) for words in new] == [False] * 6 + [True] + [False] * 5
 
     def test_nothing_said_commits_nothing(self):
         agreement, new = follow("", "", "a")
@@ -63,8 +81,9 @@ class TestLocalAgreement:
     def test_committed_text_only_grows_and_was_said_twice(self, transcripts):
         agreement = LocalAgreement()
         committed = []
-        for before, transcript in zip([[], *transcripts], transcripts, strict=False):
-            new = agreement.update(transcript)
+        for number, transcript in enumerate(transcripts):
+            before = transcripts[number - 1] if number else []
+            new = agreement.update(transcript, float(number))
             committed += new
             assert agreement.committed == committed
             if new:
