@@ -335,7 +335,7 @@ BAD_AUDIO = [
     (np.zeros(100, dtype=np.uint8), InvalidAudioError, "dtype"),
     (np.array([0, np.nan], dtype=np.float32), InvalidAudioError, "nan"),
     (np.array([0, np.inf], dtype=np.float32), InvalidAudioError, "inf"),
-    (np.array([0, 1e30], dtype=np.float32), InvalidAudioError, "1e\\+30"),
+    (np.array([0, 1e30], dtype=np.float32), InvalidAudioError, "sample 1"),
     (b"abc", InvalidAudioError, "whole number"),
     (b"RIFF\0\0\0\0WAVE", InvalidAudioError, "BytesIO"),
     ("no such file.wav", AudioNotFoundError, "no such file"),
