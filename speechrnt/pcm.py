@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import av
@@ -47,9 +49,7 @@ class PcmReader:
         self.warnings: tuple[str, ...] = ()
         """What was wrong with the first piece that anything was wrong with."""
         self._carry = b""  # bytes of a sample that has not come whole
-        self._resampler: av.AudioResampler | None = None
-        if self._rate != SAMPLE_RATE:
-            self._resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+        self._resampler: _Resampler | None = None
 
     def read(self, chunk: AudioChunk) -> NDArray[np.float32]:
         """Return the samples that a piece makes complete; they share no memory with it.
@@ -86,20 +86,46 @@ class PcmReader:
                 f"a chunk of audio must be bytes or a NumPy array, not {type(chunk).__name__}"
             )
         self.warnings = self.warnings or audio.warnings
-        if self._resampler is None or not samples.size:
+        if self._rate == SAMPLE_RATE or not samples.size:
             return samples
-        frame = av.AudioFrame.from_ndarray(samples[np.newaxis], format="flt", layout="mono")
-        frame.sample_rate = self._rate
-        return self._resampled(frame)
+        if self._resampler is None:
+            self._resampler = _Resampler(self._rate)
+        return self._resampler.push(samples)
 
     def finish(self) -> NDArray[np.float32]:
         """Return the last samples. The bytes of a sample that never came whole are dropped."""
         self._carry = b""
         if self._resampler is None:
             return np.empty(0, dtype=np.float32)
-        return self._resampled(None)
+        return self._resampler.push(None)
 
-    def _resampled(self, frame: av.AudioFrame | None) -> NDArray[np.float32]:
-        assert self._resampler is not None
-        blocks = [each.to_ndarray().reshape(-1) for each in self._resampler.resample(frame)]
-        return np.concatenate([np.empty(0, dtype=np.float32), *blocks])
+
+class _Resampler:
+    """libswresample, as in `av.AudioResampler`, but without that one's two threads a stream."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._graph = graph = av.filter.Graph()
+        graph.threads = 1
+        graph.link_nodes(
+            graph.add_abuffer(
+                sample_rate=rate, format="flt", layout="mono", time_base=Fraction(1, rate)
+            ),
+            graph.add(
+                "aformat", f"sample_rates={SAMPLE_RATE}:sample_fmts=flt:channel_layouts=mono"
+            ),
+            graph.add("abuffersink"),
+        ).configure()
+
+    def push(self, samples: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """Return what samples make complete; the rest for None."""
+        frame = None
+        if samples is not None:
+            frame = av.AudioFrame.from_ndarray(samples[np.newaxis], format="flt", layout="mono")
+            frame.sample_rate = self._rate
+        self._graph.push(frame)
+        blocks: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)]
+        with contextlib.suppress(av.BlockingIOError, av.EOFError):
+            while True:
+                blocks.append(self._graph.pull().to_ndarray().reshape(-1))
+        return np.concatenate(blocks)

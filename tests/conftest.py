@@ -14,6 +14,8 @@ os.environ["HF_HUB_CACHE"] = _empty_cache.name
 
 TESTS = Path(__file__).parent
 SLOW_LAST = [
+    "test_streaming_chaos",
+    "test_streaming_soak",
     "test_demo",
     "test_span_pool",
     "test_inference_memory",

@@ -1,6 +1,7 @@
 """Pieces of audio: the same samples however they are cut."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,3 +182,12 @@ def test_a_piece_comes_out_but_for_the_resamplers_delay():
     reader = PcmReader(8000)
     out = sum(len(reader.read(np.zeros(800, np.float32))) for _ in range(10))
     assert 16_000 - 400 <= out <= 16_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_resampling_takes_no_thread():
+    before = len(list(Path("/proc/self/task").iterdir()))
+    readers = [PcmReader(8000) for _ in range(20)]
+    for reader in readers:
+        reader.read(np.zeros(800, np.float32))
+    assert len(list(Path("/proc/self/task").iterdir())) == before
