@@ -1,6 +1,5 @@
 """Checks of what a scheduler is told."""
 
-import math
 import operator
 import os
 import sys
@@ -10,6 +9,8 @@ from typing import SupportsFloat, SupportsIndex
 from .errors import OptionError
 
 __all__ = ["checked_count", "checked_seconds", "chosen_cores", "default_count"]
+
+LONGEST_S = 1e9  # 31 years, which clocks that count nanoseconds in 64 bits can still add
 
 
 def checked_count(name: str, value: SupportsIndex, low: int, high: int) -> int:
@@ -24,13 +25,13 @@ def checked_count(name: str, value: SupportsIndex, low: int, high: int) -> int:
 
 
 def checked_seconds(name: str, value: SupportsFloat, zero_allowed: bool) -> float:
-    """Return `value` as a finite float."""
+    """Return `value` as a float that all clocks can count."""
     try:
         seconds = float(value)
     except (TypeError, ValueError, OverflowError):
         raise OptionError(f"{name} must be a number of seconds, not {value!r}") from None
-    if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero_allowed):
-        raise OptionError(f"{name} must be a positive, finite number of seconds, not {value!r}")
+    if not 0 <= seconds <= LONGEST_S or (seconds == 0 and not zero_allowed):
+        raise OptionError(f"{name} must be a positive number of seconds up to 1e9, not {value!r}")
     return seconds
 
 

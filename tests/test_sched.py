@@ -854,6 +854,7 @@ class TestInput:
             ({"max_queued": 2**40}, "max_queued must be from 1"),
             ({"stall_after": 0}, "stall_after must be a positive"),
             ({"stall_after": float("nan")}, "stall_after must be a positive"),
+            ({"stall_after": 1e300}, "stall_after must be a positive .* up to 1e9, not 1e[+]300"),
             ({"stall_after": 10**400}, "stall_after must be a number of seconds"),
             ({"stall_after": "long"}, "stall_after must be a number of seconds"),
             ({"stealing": None}, "stealing must be True or False, not None"),
@@ -878,6 +879,7 @@ class TestInput:
             ({"priority": None}, "priority must be a Priority, not None"),
             ({"delay": -1}, "delay must be a positive"),
             ({"delay": float("inf")}, "delay must be a positive"),
+            ({"delay": 1e10}, "delay must be a positive"),
             ({"deadline": 0}, "deadline must be a positive"),
             ({"deadline": "soon"}, "deadline must be a number of seconds, not 'soon'"),
         ],
@@ -900,6 +902,9 @@ class TestInput:
                 scheduler.resize(workers)
         with pytest.raises(OptionError, match="timeout must be"):
             scheduler.drain(timeout=-1)
+        with pytest.raises(OptionError, match="timeout must be"):
+            scheduler.drain(timeout=1e300)
+        scheduler.drain(timeout=1e9)
         with pytest.raises(OptionError, match="timeout must be"):
             scheduler.shutdown(timeout="soon")
         with pytest.raises(OptionError, match="buffersize must be"):
