@@ -755,6 +755,9 @@ cdef void sched_work(sched_t *sched, int index) noexcept nogil:
     this_worker = worker
     worker.started_ns.store(now_ns(), memory_order_relaxed)
     while True:
+        if sched.state.load(memory_order_relaxed) == SCHED_FORKED:
+            gate_leave(worker)  # a task forked: what is queued is the parent's to run
+            break
         if worker.in_gate:
             gate_yield(worker)
         task = pick(worker)
