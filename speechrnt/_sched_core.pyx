@@ -784,8 +784,8 @@ cdef int sched_wait(sched_t *sched, counter_t *counter) noexcept nogil:
     cdef task_t *task
     if sched.state.load(memory_order_relaxed) == SCHED_FORKED:
         return TASK_CANCELLED
-    # A gated task is inside the gate; what it helped with would run there too.
-    if worker != NULL and not worker.in_gate:
+    # A gated task has left the gate for this, and what it helps with is native.
+    if worker != NULL:
         while counter.pending.load(memory_order_acquire) != 0:
             task = pick_to_help(worker)
             if task == NULL:

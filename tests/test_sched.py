@@ -212,6 +212,17 @@ class TestNative:
             for number in (1, 2, 1000, 10_000):
                 assert native.Batch(scheduler, 1).fork_join(number) == number
 
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_python_tasks_that_wait_for_native_ones_help(self, native, workers):
+        def submit_and_wait():
+            batch = native.Batch(scheduler, 100, status=7)
+            batch.submit()
+            return batch.wait(), batch.runs
+
+        with Scheduler(workers=workers) as scheduler:
+            waiting = [scheduler.submit(submit_and_wait) for _ in range(8)]
+            assert [future.result() for future in waiting] == [(7, 100)] * 8
+
     def test_stampede(self, native):
         with Scheduler(workers=4) as scheduler:
             batches = [native.Batch(scheduler, 2000, priority=i % LEVELS) for i in range(8)]
