@@ -100,12 +100,17 @@ cdef class PythonTask:
     cdef FutureBase future     # None: nobody asked for the result
     cdef object timer
     cdef object deadline       # the timer's entry, or None
+    cdef double expires        # when, if there is one
 
     cdef bint claim(self) noexcept:
         return not self.claimed.exchange(True, memory_order_acq_rel)
 
     cdef int run(self) except -1:
         cdef FutureBase future = self.future
+        # The timer may be late, and has ended when a shutdown runs what is left.
+        if self.deadline is not None and time.monotonic() >= self.expires:
+            self.expire()
+            return 0
         if not self.claim():
             return 0
         if future is None:
@@ -273,7 +278,8 @@ cdef class Core:
         now = time.monotonic()
         if deadline_s is not None:
             task.timer = self.timer
-            task.deadline = self.timer.call_at(now + deadline_s, task.expire)
+            task.expires = now + deadline_s
+            task.deadline = self.timer.call_at(task.expires, task.expire)
         try:
             if delay_s is None:
                 self.enqueue(task)

@@ -566,6 +566,15 @@ class TestTime:
             assert in_time.result() == 0
             assert not late.cancel()
 
+    def test_deadline_of_what_a_shutdown_runs(self):
+        with Scheduler(workers=1) as scheduler, Blocker(scheduler):
+            late = scheduler.submit(int, deadline=0.01)
+            in_time = scheduler.submit(int, deadline=3600)
+            scheduler.shutdown(wait=False)
+            time.sleep(0.02)
+        assert isinstance(late.exception(), DeadlineExceeded)
+        assert in_time.result() == 0
+
     def test_deadlines_of_done_tasks_are_forgotten(self, scheduler):
         list(futures.wait([scheduler.submit(int, deadline=3600) for _ in range(500)]))
         scheduler.drain()
