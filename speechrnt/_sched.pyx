@@ -137,17 +137,19 @@ cdef class PythonTask:
 
     def cancel(self):
         """Cancel the future, unless the task has run, been cancelled or expired."""
-        if self.claim() and self.future is not None and self.future.cancel():
-            self.future.begin()
+        cdef FutureBase future = self.future  # whose callbacks may have the task forget it
+        if self.claim() and future is not None and future.cancel():
+            future.begin()
 
     def fail(self, error):
         """Give the future an exception in place of a result, unless it is claimed."""
+        cdef FutureBase future = self.future  # whose callbacks may have the task forget it
         if not self.claim():
             return
-        if self.future is None:
+        if future is None:
             logger.warning("a delayed task was not run: %s", error)
-        elif self.future.begin():
-            self.future.finish(None, error)
+        elif future.begin():
+            future.finish(None, error)
 
     def expire(self):
         """Give up, the deadline having passed before a worker came to it."""
@@ -275,6 +277,7 @@ cdef class Core:
     ) except -1:
         """Queue a task, now or later."""
         self.check_open()  # first: in a forked child the timer may be locked for ever
+        cdef FutureBase future = task.future
         now = time.monotonic()
         if deadline_s is not None:
             task.timer = self.timer
@@ -290,9 +293,13 @@ cdef class Core:
                         f"{self.delayed} tasks are delayed, which is the most allowed"
                     )
                 self.delayed += 1
-            if self.timer.call_at(now + delay_s, Delayed(self, task)) is None:
+            delayed = Delayed(self, task)
+            delayed.entry = self.timer.call_at(now + delay_s, delayed)
+            if delayed.entry is None:
                 self.forget_delayed()
                 self.check_open()
+            elif future is not None:
+                future.add_done_callback(delayed.withdraw)
         except (Overloaded, SchedulerClosed):
             task.forget()
             raise
@@ -441,6 +448,7 @@ cdef class Delayed:
 
     cdef Core core
     cdef PythonTask task
+    cdef object entry  # of the timer
 
     def __init__(self, Core core, PythonTask task):
         self.core = core
@@ -452,6 +460,13 @@ cdef class Delayed:
             self.core.enqueue(self.task)
         except (Overloaded, SchedulerClosed) as error:
             self.task.fail(error)
+            self.task.forget()
+
+    def withdraw(self, future):
+        """Give the place up of a task whose future has ended before its time came."""
+        if self.core.timer.cancel(self.entry):
+            self.core.forget_delayed()
+            self.task.claim()
             self.task.forget()
 
     def cancel(self):

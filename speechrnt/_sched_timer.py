@@ -69,11 +69,11 @@ class Timer:
                 self._condition.notify()
             return entry
 
-    def cancel(self, entry: list[Any]) -> None:
-        """Forget a call, if it has not been made."""
+    def cancel(self, entry: list[Any]) -> bool:
+        """Forget a call; False if it has been made, cancelled, or left by `close`."""
         with self._condition:
             if entry[2] is None:
-                return
+                return False
             entry[2] = None
             self._cancelled += 1
             # At most half of the entries are dead weight, at a constant cost per call.
@@ -81,13 +81,17 @@ class Timer:
                 self._heap = [entry for entry in self._heap if entry[2] is not None]
                 heapq.heapify(self._heap)
                 self._cancelled = 0
+            return True
 
     def close(self) -> list[Callable[[], object]]:
         """Make no more calls, and return those that are left."""
         with self._condition:
             self._closed = True
             left = [entry[2] for entry in self._heap if entry[2] is not None]
+            for entry in self._heap:
+                entry[2] = None
             self._heap.clear()
+            self._cancelled = 0
             self._condition.notify()
         return left
 

@@ -551,6 +551,38 @@ class TestTime:
         scheduler.drain()
         assert future.cancelled()
 
+    def test_what_ends_before_its_time_gives_up_its_place(self):
+        class Argument:
+            pass
+
+        argument = Argument()
+        with Scheduler(workers=1, max_queued=1) as scheduler:
+            first = scheduler.submit(id, argument, delay=3600)
+            with pytest.raises(Overloaded):
+                scheduler.submit(int, delay=3600)
+            assert first.cancel()
+            argument = weakref.ref(argument)
+            assert argument() is None
+            second = scheduler.submit(int, delay=3600, deadline=0.001)
+            with pytest.raises(DeadlineExceeded):
+                second.result()
+            wait_until(lambda: scheduler.statistics().delayed == 0)
+            third = scheduler.submit(int, delay=3600)
+        assert third.cancelled()
+        assert scheduler.statistics().delayed == 0
+
+    def test_race_of_cancellation_and_delay(self):
+        with Scheduler(workers=2) as scheduler:
+            for _ in range(300 // SCALE):
+                waiting = [
+                    scheduler.submit(int, delay=0.0002 * i, deadline=0.0021) for i in range(1, 20)
+                ]
+                for future in reversed(waiting):
+                    future.cancel()
+                    del future
+            scheduler.drain()
+            wait_until(lambda: scheduler.statistics().delayed == 0)
+
     def test_delayed_into_a_full_queue(self):
         with Scheduler(workers=1, max_queued=1) as scheduler, Blocker(scheduler):
             scheduler.submit(int)
