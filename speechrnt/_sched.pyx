@@ -361,6 +361,8 @@ cdef class Core:
         if self.state == SCHED_FORKED:
             return True
         for thread in [*self.threads, self.timer.thread]:
+            if thread.ident is None:
+                continue  # there was no thread to be had for it
             thread.join(None if end is None else max(end - time.monotonic(), 0))
             if thread.is_alive():
                 return False

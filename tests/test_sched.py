@@ -655,6 +655,52 @@ class TestLife:
                 scheduler.submit(method).result()
         scheduler.submit(int).result()
 
+    def test_callbacks_cannot_wait_for_what_calls_them(self):
+        errors = []
+
+        def wait(future):
+            for method in (scheduler.drain, scheduler.shutdown):
+                try:
+                    method()
+                except RuntimeError as error:
+                    errors.append(str(error))
+
+        with Scheduler(workers=1) as scheduler:
+            with Blocker(scheduler):
+                late = scheduler.submit(int, deadline=0.001)
+                late.add_done_callback(wait)  # on the timer's thread
+                with pytest.raises(DeadlineExceeded):
+                    late.result()
+                wait_until(lambda: len(errors) == 2)
+                scheduler.submit(int).add_done_callback(wait)
+                scheduler.submit(int, delay=3600).add_done_callback(wait)
+                scheduler.shutdown(wait=False, cancel_futures=True)
+            scheduler.shutdown()
+        assert len(errors) == 6
+        assert all("cannot wait for its own scheduler" in error for error in errors)
+
+    def test_a_thread_that_cannot_be_started(self):
+        printed = run_script(
+            """
+            import threading
+            from speechrnt import Scheduler
+
+            start = threading.Thread.start
+            def start_others(thread):
+                if thread.name == "short-timer":
+                    raise RuntimeError("can't start new thread")
+                start(thread)
+
+            threading.Thread.start = start_others
+            try:
+                Scheduler(workers=2, name="short")
+            except RuntimeError as error:
+                kept = error  # and with its traceback, the scheduler
+            print(kept.args[0].split()[-1])
+            """
+        )
+        assert printed == ["thread"]
+
     def test_shutdown_runs_what_waits(self):
         scheduler = Scheduler(workers=2)
         with Blocker(scheduler, workers=2):
