@@ -179,6 +179,7 @@ cdef class Core:
     cdef public object timer
     cdef public str at_exit
     cdef object cores  # the CPU of each worker, or None
+    cdef set closing   # the threads in `close`, by identifier
     cdef cython.pymutex delayed_lock
 
     def __cinit__(self, int n_workers, int reserved, long long max_queued, int size, cores):
@@ -190,6 +191,7 @@ cdef class Core:
         if self.sched == NULL:
             raise MemoryError
         self.cores = cores
+        self.closing = set()
         self.threads = []
         self.resize(size)
 
@@ -337,6 +339,14 @@ cdef class Core:
         """Whether a task of this scheduler is calling."""
         return sched_is_worker(self.sched)
 
+    def is_awaited(self):
+        """Whether the end of all tasks waits for the caller: for a task, or a future's callback."""
+        return (
+            sched_is_worker(self.sched)
+            or threading.current_thread() is self.timer.thread
+            or threading.get_ident() in self.closing
+        )
+
     def drain(self, timeout):
         """Wait for all tasks; False if that takes longer."""
         cdef double seconds = -1 if timeout is None else timeout
@@ -349,11 +359,19 @@ cdef class Core:
         """Accept nothing more, and stop when all that was accepted is done."""
         if self.state == SCHED_FORKED:
             return
-        for call in self.timer.close():
-            if isinstance(call, Delayed):
-                call.cancel()
-        # Holding the GIL, as dropped Python tasks need it; no worker waits for it with the mutex.
-        sched_shutdown(self.sched, cancel)
+        caller = threading.get_ident()
+        outermost = caller not in self.closing
+        self.closing.add(caller)
+        try:
+            for call in self.timer.close():
+                if isinstance(call, Delayed):
+                    call.cancel()
+            # Holding the GIL, as dropped Python tasks need it; no worker waits for it with the
+            # mutex.
+            sched_shutdown(self.sched, cancel)
+        finally:
+            if outermost:
+                self.closing.discard(caller)
 
     def join(self, timeout):
         """Wait for the threads of a closed scheduler; False if they take longer."""
@@ -773,7 +791,8 @@ class Scheduler(Executor):
         Raises
         ------
         RuntimeError
-            The caller is a task of this scheduler, which would wait for itself.
+            The caller is a task of this scheduler, or the callback of a future that its timer or
+            its shutdown ends: it would wait for itself.
         SchedulerClosed
             This is a forked child.
         TimeoutError
@@ -782,10 +801,10 @@ class Scheduler(Executor):
         cdef Core core = self._core
         if timeout is not None:
             timeout = checked_seconds("timeout", timeout, True)
-        if core.is_worker():
-            raise RuntimeError("a task cannot wait for its own scheduler to drain")
         if core.state == SCHED_FORKED:
             core.check_open()
+        if core.is_awaited():
+            raise RuntimeError("a task or callback cannot wait for its own scheduler to drain")
         if not core.drain(timeout):
             raise TimeoutError(f"tasks were still waiting or running after {timeout} s")
 
@@ -806,15 +825,16 @@ class Scheduler(Executor):
         Raises
         ------
         RuntimeError
-            The caller waits although it is a task of this scheduler. Nothing was changed.
+            The caller waits although it is a task of this scheduler, or the callback of a future
+            that its timer or another shutdown ends. Nothing was changed.
         TimeoutError
             The threads had not ended by then. They still will.
         """
         core = self._core
         if timeout is not None:
             timeout = checked_seconds("timeout", timeout, True)
-        if wait and core.is_worker():
-            raise RuntimeError("a task cannot wait for its own scheduler to shut down")
+        if wait and core.is_awaited():
+            raise RuntimeError("a task or callback cannot wait for its own scheduler to shut down")
         core.close(cancel_futures)
         if wait and not core.join(timeout):
             raise TimeoutError(f"tasks were still running after {timeout} s")

@@ -808,6 +808,30 @@ class TestLife:
         )
         assert printed == ["refused", "refused", "refused", "own", "status=0", "parent"]
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+    def test_a_task_that_forks_leaves_the_others_to_the_parent(self):
+        printed = run_script(
+            """
+            import os, warnings
+            warnings.simplefilter("ignore")  # forking with threads is what is tested
+            from speechrnt import Scheduler
+
+            parent = os.getpid()
+            def report(number):
+                os.write(1, b"%d " % number if os.getpid() == parent else b"child ")
+
+            with Scheduler(workers=1) as scheduler:
+                def fork():
+                    for number in range(20):
+                        scheduler.submit_nowait(report, number)
+                    return os.fork()
+                child = scheduler.submit(fork).result()
+                _, status = os.waitpid(child, 0)
+            os.write(1, b"status=%d" % status)
+            """
+        )
+        assert printed == [*map(str, range(20)), "status=0"]
+
 
 class TestReports:
     def test_statistics(self, native, scheduler):
@@ -907,30 +931,6 @@ class TestReports:
         with Scheduler(workers=1, max_workers=3) as scheduler, Blocker(scheduler):
             assert scheduler.submit(pow, 2, 3).result() == 8
             assert scheduler.statistics().size > 1
-
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
-    def test_a_task_that_forks_leaves_the_others_to_the_parent(self):
-        printed = run_script(
-            """
-            import os, warnings
-            warnings.simplefilter("ignore")  # forking with threads is what is tested
-            from speechrnt import Scheduler
-
-            parent = os.getpid()
-            def report(number):
-                os.write(1, b"%d " % number if os.getpid() == parent else b"child ")
-
-            with Scheduler(workers=1) as scheduler:
-                def fork():
-                    for number in range(20):
-                        scheduler.submit_nowait(report, number)
-                    return os.fork()
-                child = scheduler.submit(fork).result()
-                _, status = os.waitpid(child, 0)
-            os.write(1, b"status=%d" % status)
-            """
-        )
-        assert printed == [*map(str, range(20)), "status=0"]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no CPU affinity here")
