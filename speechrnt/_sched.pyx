@@ -905,6 +905,7 @@ cdef PythonTask new_task(function, tuple args, dict kwargs, int priority, Future
     task.task.done = release_python
     task.task.counter = NULL
     task.task.priority = priority
+    task.task.queued = False
     task.task.gated = True
     task.function = function
     task.args = args

@@ -37,6 +37,7 @@ cdef enum SchedResult:
     SCHED_OK
     SCHED_OVERLOADED   # max_queued tasks are waiting
     SCHED_CLOSED       # draining, stopped or forked
+    SCHED_QUEUED       # the task is queued already
 
 # What `done` and counters get in place of the status of a task that was dropped before its start.
 cdef enum:
@@ -53,13 +54,15 @@ cdef struct counter_t:
     atomic[int32_t] failure
     Monitor monitor
 
-# The caller sets all fields but the last two before each submission.
+# The caller sets all fields but the last two before each submission, `queued` once: a task that is
+# queued already is refused, unless two threads queue it at the same moment.
 cdef struct task_t:
     task_fn fn
     void *arg
     task_done done       # NULL: not called
     counter_t *counter   # NULL: not counted; counted after `done`
     uint8_t priority     # a SchedPriority
+    uint8_t queued       # false before the first submission; from then on the scheduler's
     bint gated           # runs inside the gate, such as the GIL
     task_t *next
     int64_t queued_ns    # 0: waiting and running time of this task are not sampled

@@ -258,6 +258,7 @@ cdef SchedResult admit(
 
 cdef inline void prepare(task_t *task, uint64_t number) noexcept nogil:
     """Count a task in and note the time, if it is sampled."""
+    task.queued = True
     task.queued_ns = now_ns() if task.gated or number % SAMPLE_PERIOD == 0 else 0
     if task.counter != NULL:
         task.counter.pending.fetch_add(1, memory_order_relaxed)
@@ -287,7 +288,10 @@ cdef inline void push_stack(sched_t *sched, task_t *newest, task_t *oldest) noex
 
 cdef SchedResult submit_one(sched_t *sched, task_t *task, bint spawned) noexcept nogil:
     cdef uint64_t number
-    cdef SchedResult result = admit(sched, 1, spawned, &number)
+    cdef SchedResult result
+    if task.queued:
+        return SCHED_QUEUED
+    result = admit(sched, 1, spawned, &number)
     if result == SCHED_OK:
         prepare(task, number)
         push_stack(sched, task, task)
@@ -326,6 +330,8 @@ cdef SchedResult sched_spawn(sched_t *sched, task_t *task) noexcept nogil:
     cdef int level = task.priority
     if worker == NULL:
         return submit_one(sched, task, False)
+    if task.queued:
+        return SCHED_QUEUED
     if task.gated or level == SCHED_CRITICAL or level >= worker.levels:
         return submit_one(sched, task, True)
     if not ring_has_room(&worker.rings[level]):
@@ -726,13 +732,19 @@ cdef void finish(const task_t *task, int status) noexcept nogil:
         counter_done(task.counter, status)
 
 
+cdef inline task_t take_over(task_t *queued) noexcept nogil:
+    """A copy of a task, whose storage is its owner's again."""
+    queued.queued = False
+    return queued[0]
+
+
 cdef void drop(sched_t *sched, const task_t *task) noexcept nogil:
     finish(task, TASK_CANCELLED)
     sched.dropped.fetch_add(1, memory_order_release)
 
 
 cdef void run(worker_t *worker, task_t *queued) noexcept nogil:
-    cdef task_t task = queued[0]  # `fn` may reuse it
+    cdef task_t task = take_over(queued)  # `fn` may reuse it
     cdef int64_t started_ns = 0
     cdef int status
     if worker.sched.cancelling.load(memory_order_relaxed):
@@ -837,7 +849,7 @@ cdef void sched_shutdown(sched_t *sched, bint cancel) noexcept nogil:
                 unlock_queue(sched, index)
                 if task == NULL:
                     break
-                dropped = task[0]
+                dropped = take_over(task)
                 drop(sched, &dropped)
     atomic_thread_fence(memory_order_seq_cst)  # pairs with idle_announce in park
     announce_quiet(sched)

@@ -43,7 +43,7 @@ cdef enum:
     SR_NO_MEMORY = 2   # the system has none
     SR_STALE = 3       # the handle was released already
     SR_FOREIGN = 4     # the handle is of another pool, or none at all
-    SR_IN_USE = 5      # something is still on loan
+    SR_IN_USE = 5      # something is still on loan; the task is queued already
     SR_INVALID = 6     # an argument is out of range
     SR_CLOSED = 7      # the AudioBufferPool is closed; the scheduler is shut down, or a parent's
     SR_OVERLOADED = 8  # the queue of the scheduler is full
@@ -127,7 +127,8 @@ ctypedef void (*sr_task_done)(void *arg, int status) noexcept nogil
 # The scheduler of a speechrnt.Scheduler, which must outlive its use. Needs the GIL.
 cdef sr_sched *sr_sched_of(object scheduler) except NULL
 
-# Describe a task, in storage of the caller that nothing is known about; nothing is allocated, and
+# Describe a task, in storage of the caller that nothing is known about, so that a task which is
+# queued must not be described anew: that would not be noticed. Nothing is allocated, and
 # nothing must be freed. `done` and `counter` may be null. SR_INVALID: no function, or a priority
 # that does not exist.
 cdef int sr_task_init(
@@ -135,11 +136,12 @@ cdef int sr_task_init(
 ) noexcept nogil
 
 # Queue a task. Until `fn` starts, or `done` instead, its storage belongs to the scheduler; then it
-# may be freed, initialised or queued again, by `fn` itself too. With the GIL or without.
+# may be freed, initialised or queued again, by `fn` itself too. SR_IN_USE if it is queued already
+# and not started; but two threads must not queue it at the same moment. With the GIL or without.
 cdef int sr_sched_submit(sr_sched *sched, sr_task *task) noexcept nogil
 
 # Queue `count` tasks of one priority, each `stride` bytes behind the last: all or none of them.
-# SR_INVALID if their priorities differ.
+# SR_INVALID if their priorities differ, SR_IN_USE if one of them is queued already.
 cdef int sr_sched_submit_many(
     sr_sched *sched, sr_task *tasks, size_t stride, size_t count,
 ) noexcept nogil

@@ -126,6 +126,7 @@ cdef int sr_task_init(
     inner.done = done
     inner.counter = <_sched_core.counter_t *> counter
     inner.priority = priority
+    inner.queued = False
     inner.gated = False
     return SR_OK
 
@@ -133,6 +134,8 @@ cdef int sr_task_init(
 cdef int status_of(_sched_core.SchedResult result) noexcept nogil:
     if result == _sched_core.SCHED_OK:
         return SR_OK
+    if result == _sched_core.SCHED_QUEUED:
+        return SR_IN_USE
     return SR_OVERLOADED if result == _sched_core.SCHED_OVERLOADED else SR_CLOSED
 
 
@@ -156,6 +159,8 @@ cdef int sr_sched_submit_many(
         task = <_sched_core.task_t *> (<char *> tasks + i * stride)
         if task.fn == NULL or task.priority != first.priority:
             return SR_INVALID
+        if task.queued:
+            return SR_IN_USE
         if last != NULL:
             last.next = task
         last = task

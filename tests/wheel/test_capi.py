@@ -114,6 +114,25 @@ def test_what_is_no_task_is_refused(tasks):
         assert squares.wrong() == 0
 
 
+def test_what_is_queued_is_not_queued_again(tasks):
+    scheduler = Scheduler(workers=1)
+    squares = tasks.Squares(scheduler, 10)
+    for cancel in (False, True):
+        release = threading.Event()
+        scheduler.submit(release.wait, priority=Priority.CRITICAL)
+        while scheduler.statistics().queued[Priority.CRITICAL]:
+            pass
+        assert squares.submit_twice() == [0] + [tasks.STATUSES["in_use"]] * 3
+        assert squares.pending() == 10
+        if cancel:
+            scheduler.shutdown(wait=False, cancel_futures=True)
+        release.set()
+        assert squares.wait() == (tasks.STATUSES["cancelled"] if cancel else 0)
+        assert cancel or squares.wrong() == 0
+    scheduler.shutdown()
+    assert squares.submit_many() == tasks.STATUSES["closed"]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
 def test_a_forked_child_refuses(tasks):
     with Scheduler(workers=1) as scheduler:

@@ -7,6 +7,7 @@ from speechrnt.capi cimport (
     SR_CANCELLED,
     SR_CLOSED,
     SR_INVALID,
+    SR_IN_USE,
     SR_LOW,
     SR_NORMAL,
     SR_OK,
@@ -35,6 +36,7 @@ STATUSES = {
     "invalid": SR_INVALID,
     "overloaded": SR_OVERLOADED,
     "closed": SR_CLOSED,
+    "in_use": SR_IN_USE,
     "cancelled": SR_CANCELLED,
 }
 
@@ -148,6 +150,16 @@ cdef class Squares:
             sr_task_init(&square.task, run_square, square, SR_LOW, NULL, NULL),
             sr_sched_submit_many(self.sched, &square.task, sizeof(square_t), self.count),
             sr_sched_submit_many(self.sched, &square.task, 1, self.count),
+        ]
+
+    def submit_twice(self):
+        """Submit all, and what is queued already in every way; return the statuses."""
+        cdef sr_task *task = &self.squares[self.count - 1].task
+        return [
+            sr_sched_submit_many(self.sched, &self.squares[0].task, sizeof(square_t), self.count),
+            sr_sched_submit(self.sched, task),
+            sr_sched_spawn(self.sched, task),
+            sr_sched_submit_many(self.sched, &self.squares[0].task, sizeof(square_t), self.count),
         ]
 
     def wait(self):
