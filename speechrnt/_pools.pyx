@@ -517,14 +517,24 @@ cdef class ObjectPool:
                 self.idle_since[i] = self.idle_since[i + n]
             self.purges += n
         if self.deleter is not None:
-            for item in dropped:
-                self.deleter(item)
+            for n in range(len(dropped)):
+                try:
+                    self.deleter(dropped[n])
+                except BaseException:
+                    for item in dropped[n + 1:]:
+                        self.delete(item)
+                    raise
         return 0
+
+    cdef void delete(self, object item) noexcept:
+        """Call the deleter; what it raises goes to `sys.unraisablehook`."""
+        self.deleter(item)
 
     def trim(self):
         """Drop all idle objects, but as many as leave `initial_size` reserved.
 
-        What `deleter` raises is passed on; the objects after that one go without it.
+        What `deleter` raises is passed on when it has been called with all of them; after the first
+        error, others go to `sys.unraisablehook`.
         """
         self.clean(self.reserved() - self.initial, self.clock)
 

@@ -472,6 +472,34 @@ class TestObjectPool:
         pool.acquire().release()
         assert pool.statistics().in_use == 0
 
+    @pytest.mark.parametrize("clean", [ObjectPool.trim, ObjectPool.close])
+    def test_a_deleter_that_raises_is_called_with_all_objects(self, clean, monkeypatch):
+        called = []
+        reported = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda info: reported.append(info.exc_value))
+
+        def delete(value):
+            called.append(value)
+            raise ZeroDivisionError(value)
+
+        pool = ObjectPool(itertools.count().__next__, PoolLimits(max_size=4), deleter=delete)
+        leases = [pool.acquire() for _ in range(3)]
+        for lease in leases:
+            lease.release()
+        with pytest.raises(ZeroDivisionError, match="0"):
+            clean(pool)
+        assert called == [0, 1, 2]
+        assert [error.args for error in reported] == [(1,), (2,)]
+        assert (pool.statistics().idle, pool.statistics().purges) == (0, 3)
+
+    def test_what_was_made_before_the_factory_failed_is_deleted(self):
+        deleted = []
+        numbers = iter([1, 2])
+        with pytest.raises(StopIteration):
+            ObjectPool(numbers.__next__, PoolLimits(initial_size=3), deleter=deleted.append)
+        gc.collect()
+        assert deleted == [1, 2]
+
     def test_factory_that_returns_none(self):
         with pytest.raises(TypeError, match="factory must return an object"):
             ObjectPool(lambda: None).acquire()
