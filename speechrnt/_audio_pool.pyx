@@ -113,13 +113,13 @@ cdef object int16 = np.dtype(np.int16)
 
 cdef object dtype_of(object dtype):
     # Both names and types; anything else that numpy takes for one of the two is fine as well.
-    if dtype is float32 or dtype == "float32":
+    if dtype is float32 or type(dtype) is str and dtype == "float32":
         return float32
-    if dtype is int16 or dtype == "int16":
+    if dtype is int16 or type(dtype) is str and dtype == "int16":
         return int16
     try:
         wanted = np.dtype(dtype)
-    except TypeError:
+    except Exception:  # of many classes
         wanted = None
     if wanted == float32:
         return float32

@@ -420,7 +420,7 @@ cdef class TranscriptionResult:
     @language.setter
     def language(self, str language):
         encoded = (language or "").encode()
-        if len(encoded) >= LANGUAGE_BYTES:
+        if len(encoded) >= LANGUAGE_BYTES or b"\0" in encoded:
             raise OptionError(f"language must be a code, not {language!r}")
         with cython.critical_section(self):
             memcpy(self.live().language, <const char *> encoded, len(encoded) + 1)

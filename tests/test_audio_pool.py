@@ -47,7 +47,9 @@ class TestAudioBufferPool:
         with pytest.raises(TypeError):
             AudioBufferPool().acquire(n_samples)
 
-    @pytest.mark.parametrize("dtype", ["float64", "i4", np.complex64, "sound", None, 7])
+    @pytest.mark.parametrize(
+        "dtype", ["float64", ">f4", "(1e,)f4", np.complex64, "sound", None, 7, np.zeros(2)]
+    )
     def test_bad_dtype(self, dtype):
         with pytest.raises(OptionError, match="dtype must be float32 or int16"):
             AudioBufferPool().acquire(1, dtype)

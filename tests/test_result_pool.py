@@ -69,6 +69,7 @@ class TestTranscriptionResultPool:
             ("tokens", [1, "2"], TypeError),
             ("tokens", 5, TypeError),
             ("language", "a language with a long name", OptionError),
+            ("language", "e\0n", OptionError),
             ("language", 5, TypeError),
             ("confidence", 1.5, OptionError),
             ("confidence", -0.1, OptionError),
