@@ -470,6 +470,17 @@ def test_timings_are_plausible(engine, clips):
     assert 0 < sum(timings[s] for s in STAGES if s != "total") <= timings["total"] * 1.01
 
 
+def test_warming_up_for_options_measures_the_contexts_that_they_lead_to():
+    with new_engine(max_batch_size=2) as stt:
+        with pytest.raises(OptionError, match="no such option"):
+            stt.warm_up(audio_contexts="full")
+        with pytest.raises(OptionError, match="language"):
+            stt.warm_up(language="xx")
+        assert stt.costs == {}
+        stt.warm_up(language="de", audio_context="full", beam_size=1)
+        assert list(stt.costs) == [3000]
+
+
 def test_warming_up_measures_every_context_and_changes_no_text(clips):
     with new_engine(max_batch_size=4, model_workers=1) as stt:
         assert stt.costs == {}
