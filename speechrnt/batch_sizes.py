@@ -24,7 +24,7 @@ _HOPELESS = 1.15
 _REPEATS = 2
 
 # No further size is tried for a context after this.
-_BUDGET_S = 0.5
+_BUDGET_S = 0.25
 
 
 @dataclass(frozen=True)
