@@ -3,6 +3,7 @@
 from ._sched import Priority, Scheduler
 from ._version import __version__
 from .audio import Audio, decode_audio, load_audio
+from .batched import BatchedInferencePipeline
 from .config import HardwareProfile, OptimizationConfig
 from .errors import (
     AudioError,
@@ -33,6 +34,7 @@ from .models import load_model
 from .oneshot import Transcription
 from .plan import UtteranceOptions
 from .results import Segment, TranscriptionInfo, TranscriptionOptions, Word
+from .speech_timestamps import VadOptions, get_speech_timestamps
 from .stt import OptimizedSTTFactory, PerformanceOptimizedSTT
 from .transcribe import WhisperModel
 
@@ -41,6 +43,7 @@ __all__ = [
     "AudioError",
     "AudioFileError",
     "AudioNotFoundError",
+    "BatchedInferencePipeline",
     "DeadlineExceeded",
     "GpuError",
     "GpuOutOfMemory",
@@ -70,6 +73,7 @@ __all__ = [
     "UtteranceClosed",
     "UtteranceError",
     "UtteranceOptions",
+    "VadOptions",
     "WhisperModel",
     "Word",
     "__version__",
@@ -77,6 +81,7 @@ __all__ = [
     "decode_audio",
     "download_model",
     "format_timestamp",
+    "get_speech_timestamps",
     "load_audio",
     "load_model",
 ]

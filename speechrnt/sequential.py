@@ -446,16 +446,7 @@ class SequentialDecoder:
     ) -> Segment:
         start, end, words = passage.start, passage.end, passage.words
         if self._speech is not None:
-            if words:
-                for word in words:
-                    # Both ends of a word belong to one stretch of speech.
-                    index = self._speech.get_chunk_index((word.start + word.end) / 2)
-                    word.start = self._speech.get_original_time(word.start, index)
-                    word.end = self._speech.get_original_time(word.end, index)
-                start, end = words[0].start, words[-1].end
-            else:
-                start = self._speech.get_original_time(start)
-                end = self._speech.get_original_time(end, is_end=True)
+            start, end = self._speech.restore(start, end, words)
         return Segment(
             id=number,
             seek=window.seek,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from .audio import SAMPLE_RATE
 from .errors import OptionError
+from .results import Word
 from .vad import FRAME_SAMPLES, VoiceActivityDetector
 
 __all__ = [
@@ -359,3 +360,16 @@ class SpeechTimestampsMap:
         if is_end and sample in self.chunk_end_sample:
             return self.chunk_end_sample.index(sample)
         return min(bisect(self.chunk_end_sample, sample), len(self.chunk_end_sample) - 1)
+
+    def restore(
+        self, start: float, end: float, words: Sequence[Word] | None
+    ) -> tuple[float, float]:
+        """Return a segment's times in the recording; those of its words are changed in place."""
+        if not words:
+            return self.get_original_time(start), self.get_original_time(end, is_end=True)
+        for word in words:
+            # Both ends of a word belong to one stretch of speech.
+            index = self.get_chunk_index((word.start + word.end) / 2)
+            word.start = self.get_original_time(word.start, index)
+            word.end = self.get_original_time(word.end, index)
+        return words[0].start, words[-1].end

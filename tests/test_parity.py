@@ -6,13 +6,12 @@ from dataclasses import asdict
 
 import ctranslate2
 import faster_whisper
-import faster_whisper.vad
 import numpy as np
 import pytest
 from pairwise import rows
+from peer_vad import same_probabilities  # noqa: F401 - a fixture
 
 import speechrnt
-from speechrnt import speech_timestamps
 from speechrnt.hub import EMBEDDED_MODELS
 
 PICO = str(EMBEDDED_MODELS["pico"])
@@ -123,22 +122,6 @@ def test_human_digits(both, human_audio):
         assert_same(both, str(file), temperature=0.0)
 
 
-@pytest.fixture
-def same_probabilities(monkeypatch):
-    """Let both sides see the speech that our network sees: the peer's is an older one."""
-
-    def model(padded):
-        return np.array(list(speech_timestamps._probabilities(model.audio)))[:, np.newaxis]
-
-    def seen(audio, *arguments):
-        model.audio = audio
-        return find(audio, *arguments)
-
-    find = faster_whisper.vad.get_speech_timestamps
-    monkeypatch.setattr(faster_whisper.vad, "get_vad_model", lambda: model)
-    monkeypatch.setattr(faster_whisper.transcribe, "get_speech_timestamps", seen)
-
-
 # Values that meet each other in pairs. Where a value is used up by the peer, it is copied first.
 FACTORS = {
     "clip": ["short", "long", "languages", "pauses", "noise", "silence"],
@@ -187,7 +170,7 @@ def clips(recordings, english):
 
 
 @pytest.mark.parametrize("row", rows(FACTORS), ids=lambda row: row["clip"])
-def test_every_pair_of_options(both, clips, same_probabilities, row):
+def test_every_pair_of_options(both, clips, same_probabilities, row):  # noqa: F811
     options = dict(row)
     audio = clips[options.pop("clip")]
     peer, _ = both

@@ -86,22 +86,56 @@ class TestInterface:
     def parameters(self, function):
         return inspect.signature(function).parameters
 
-    def test_the_arguments_of_transcribe_are_those_of_faster_whisper_and_one_more(self):
-        ours = self.parameters(WhisperModel.transcribe)
-        theirs = self.parameters(faster_whisper.WhisperModel.transcribe)
-        assert list(ours) == [*theirs, "audio_context"]
+    def assert_same_arguments(self, ours, theirs, more=(), required=()):
+        """The same names in the same order, the same defaults, and perhaps some names more."""
+        ours, theirs = self.parameters(ours), self.parameters(theirs)
+        assert list(ours) == [*theirs, *more]
         for name, parameter in theirs.items():
             default = parameter.default
             if isinstance(default, list):
                 default = tuple(default)
-            assert ours[name].default == default, name
+            if name in required:
+                assert default is inspect.Parameter.empty
+            else:
+                assert ours[name].default == default, name
+            assert ours[name].kind == parameter.kind, name
 
-    def test_the_arguments_of_the_model_are_those_of_faster_whisper(self):
-        ours = self.parameters(WhisperModel)
-        theirs = self.parameters(faster_whisper.WhisperModel)
-        assert list(ours) == list(theirs)
-        for name in list(theirs)[1:]:
-            assert ours[name].default == theirs[name].default, name
+    def test_the_arguments_are_those_of_faster_whisper(self):
+        theirs = faster_whisper
+        self.assert_same_arguments(
+            WhisperModel.transcribe, theirs.WhisperModel.transcribe, ["audio_context"]
+        )
+        self.assert_same_arguments(
+            WhisperModel, theirs.WhisperModel, required=["model_size_or_path"]
+        )
+        self.assert_same_arguments(
+            WhisperModel.detect_language, theirs.WhisperModel.detect_language
+        )
+        ours, pipeline = speechrnt.BatchedInferencePipeline, theirs.BatchedInferencePipeline
+        self.assert_same_arguments(ours, pipeline)
+        self.assert_same_arguments(ours.transcribe, pipeline.transcribe)
+        vad = theirs.vad
+        self.assert_same_arguments(speechrnt.VadOptions, vad.VadOptions)
+        self.assert_same_arguments(speechrnt.get_speech_timestamps, vad.get_speech_timestamps)
+        for name in ("decode_audio", "available_models", "download_model", "format_timestamp"):
+            self.assert_same_arguments(getattr(speechrnt, name), getattr(theirs, name))
+
+    def test_everything_public_is_there(self):
+        assert set(faster_whisper.__all__) <= set(speechrnt.__all__)
+        public = {name for name in dir(faster_whisper.BatchedInferencePipeline) if name[0] != "_"}
+        internal = {"forward", "generate_segment_batched"}
+        assert public - internal <= set(dir(speechrnt.BatchedInferencePipeline))
+        assert set(faster_whisper.available_models()) <= set(speechrnt.available_models())
+
+    def test_attributes_are_those_of_faster_whisper(self, model):
+        pico = str(EMBEDDED_MODELS["pico"])
+        peer = faster_whisper.WhisperModel(pico, device="cpu")
+        for name in (
+            *("input_stride", "num_samples_per_token", "frames_per_second", "tokens_per_second"),
+            *("time_precision", "max_length"),
+        ):
+            assert getattr(model, name) == getattr(peer, name)
+        assert model.feat_kwargs["feature_size"] == peer.feature_extractor.mel_filters.shape[0]
 
     @pytest.mark.parametrize("name", ["Segment", "Word", "TranscriptionOptions"])
     def test_result_fields(self, name):
