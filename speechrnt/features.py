@@ -21,6 +21,7 @@ __all__ = [
     "WINDOW_FRAMES",
     "FeatureExtractor",
     "FullContextWindows",
+    "OwnMaximumWindows",
     "ReducedContextWindows",
     "Window",
     "Windows",
@@ -40,6 +41,9 @@ _CONTEXT_STEP_FRAMES = 50
 # last frames, judged over the neighbourhood of a short pause.
 _CUT_SEARCH_FRAMES = 3 * FRAMES_PER_SECOND
 _CUT_SMOOTHING_FRAMES = 15
+
+# Hops that the transform of a frame reaches into what is before and after.
+_REACH_HOPS = -(-N_FFT // 2 // HOP_LENGTH)
 
 _LOG10_SILENCE = np.float32(-10.0)
 
@@ -222,6 +226,44 @@ class FullContextWindows(Windows):
         frames = min(self.window_frames, min(self.content_frames, clip_end) - seek)
         features = np.zeros((1, len(self._features), WINDOW_FRAMES), dtype=np.float32)
         features[0, :, :frames] = self._features[:, seek : seek + frames]
+        return Window(seek, frames, features)
+
+
+class OwnMaximumWindows(Windows):
+    """Windows of 30 s as Whisper was trained: each by itself, followed by silence.
+
+    Their features are computed when they are asked for, so that the first one is there at once.
+
+    Parameters
+    ----------
+    samples : (n,) ndarray of float32
+        The recording, 16 kHz mono.
+    n_mels
+        Mel bands of the model.
+    window_frames
+        Most mel frames of audio in one window.
+    """
+
+    def __init__(
+        self, samples: NDArray[np.float32], n_mels: int, window_frames: int = WINDOW_FRAMES
+    ) -> None:
+        self._samples = samples
+        self._n_mels = n_mels
+        self.window_frames = window_frames
+        self.content_frames = len(samples) // HOP_LENGTH
+
+    def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
+        """Return the window that starts at frame `seek`, with no audio from `clip_end` on."""
+        frames = max(0, min(self.window_frames, min(self.content_frames, clip_end) - seek))
+        features = np.full((1, self._n_mels, WINDOW_FRAMES), _LOG10_SILENCE, dtype=np.float32)
+        # A frame reaches beyond its hop, on both sides.
+        before = min(seek, _REACH_HOPS)
+        piece = self._samples[
+            (seek - before) * HOP_LENGTH : (seek + frames + _REACH_HOPS) * HOP_LENGTH
+        ]
+        log10_mel = _mel.log10_mel(piece, self._n_mels)
+        features[0, :, :frames] = log10_mel[:, before : before + frames]
+        _mel.normalize(features[0], out=features[0])
         return Window(seek, frames, features)
 
 

@@ -44,6 +44,7 @@ from .hub import (
     download_model,
     fetch_tokenizer,
 )
+from .residency import Residency
 from .sizing import ModelShape, fit, footprint, read_shape
 from .system import usable_memory
 from .tokenizer import Tokenizer
@@ -215,12 +216,19 @@ class Model:
     capabilities: Capabilities
     shape: ModelShape | None = None
     handover: FeatureHandover | None = field(default=None, repr=False)
+    residency: Residency = field(init=False, repr=False)
+    _n_mels: int = field(init=False, repr=False)
+    _is_multilingual: bool = field(init=False, repr=False)
     _process: int = field(default_factory=os.getpid, init=False, repr=False)
 
     def __post_init__(self) -> None:
         global _has_loaded
         _has_loaded = True
         _loaded.add(self)
+        object.__setattr__(self, "residency", Residency(self.whisper, self.name))
+        # CTranslate2 does not tell while the weights are unloaded.
+        object.__setattr__(self, "_n_mels", int(self.whisper.n_mels))
+        object.__setattr__(self, "_is_multilingual", bool(self.whisper.is_multilingual))
 
     def __reduce__(self) -> str:
         raise ModelError(f"{self.name}: a model cannot be pickled; load it in each process")
@@ -228,12 +236,12 @@ class Model:
     @property
     def n_mels(self) -> int:
         """Number of mel bands the encoder takes: 80 or 128."""
-        return int(self.whisper.n_mels)
+        return self._n_mels
 
     @property
     def is_multilingual(self) -> bool:
         """Whether the model knows more than English."""
-        return bool(self.whisper.is_multilingual)
+        return self._is_multilingual
 
     def encode(self, features: NDArray[np.float32]) -> ctranslate2.StorageView:
         """Run the encoder.
@@ -251,10 +259,10 @@ class Model:
         """
         whisper = self._here()
         if self.handover is not None:
-            with _calls:
+            with _calls, self.residency:
                 return self.handover.encode(whisper, features)
         to_cpu = whisper.device == "cuda" and len(whisper.device_index) > 1
-        with _calls:
+        with _calls, self.residency:
             return whisper.encode(ctranslate2.StorageView.from_array(features), to_cpu=to_cpu)
 
     def detect_language(self, encoding: ctranslate2.StorageView) -> list[tuple[str, float]]:
@@ -265,7 +273,7 @@ class Model:
     def detect_languages(self, encoding: ctranslate2.StorageView) -> list[list[tuple[str, float]]]:
         """Return the same for each of several windows encoded together."""
         whisper = self._here()
-        with _calls:
+        with _calls, self.residency:
             windows = whisper.detect_language(encoding)
         return [
             [(token[2:-2], probability) for token, probability in probabilities]
@@ -277,11 +285,23 @@ class Model:
     ) -> list[ctranslate2.models.WhisperGenerationResult]:
         """Run the decoder; `options` are those of `ctranslate2.models.Whisper.generate`."""
         whisper = self._here()
-        with _calls:
+        with _calls, self.residency:
             results: list[ctranslate2.models.WhisperGenerationResult] = whisper.generate(
                 encoding, prompts, **options
             )
         return results
+
+    def load(self) -> None:
+        """Bring the weights back into memory; see `Residency`."""
+        self._here()
+        with _calls:
+            self.residency.load()
+
+    def unload(self, to_cpu: bool = False, timeout: float | None = None) -> None:
+        """Free the weights between two calls; see `Residency.unload`."""
+        self._here()
+        with _calls:
+            self.residency.unload(to_cpu, timeout)
 
     def fitting_batch(self, wanted: int, frames: int = 3000, beam_size: int = 5) -> int:
         """Return how many windows can be decoded in one call while all workers do the same.
@@ -342,7 +362,7 @@ class Model:
     ) -> list[ctranslate2.models.WhisperAlignmentResult]:
         """Find out when the tokens of transcripts were said; see `Whisper.align`."""
         whisper = self._here()
-        with _calls:
+        with _calls, self.residency:
             alignments: list[ctranslate2.models.WhisperAlignmentResult] = whisper.align(
                 encoding, opening, texts, frames, median_filter_width=median_filter_width
             )

@@ -26,6 +26,7 @@ from .features import (
     WINDOW_SECONDS,
     FeatureExtractor,
     FullContextWindows,
+    OwnMaximumWindows,
     ReducedContextWindows,
     Windows,
 )
@@ -241,6 +242,7 @@ class WhisperModel:
         language_detection_threshold: float | None = 0.5,
         language_detection_segments: int = 1,
         audio_context: Literal["full", "auto"] | float | None = None,
+        normalization: Literal["recording", "window"] = "recording",
     ) -> tuple[Segments, TranscriptionInfo]:
         """Transcribe a recording of any length.
 
@@ -329,6 +331,11 @@ class WhisperModel:
             that declares nothing, ``"auto"`` keeps a floor of 10 s and a margin of 2 s, decodes a
             window again in full context if its transcript looks wrong, and leaves recordings over
             30 s at full context.
+        normalization
+            What the loudness of full-context features is measured against. ``"recording"``: the
+            loudest place of all, as faster-whisper does, which means to look at everything before
+            the first window. ``"window"``: the loudest place of the same window, as Whisper was
+            trained; the first segment comes sooner and memory stays small.
 
         Returns
         -------
@@ -388,6 +395,10 @@ class WhisperModel:
             hallucination_silence_threshold=hallucination_silence_threshold,
             hotwords=hotwords,
         )
+        if normalization not in ("recording", "window"):
+            raise OptionError(
+                f"normalization: must be 'recording' or 'window', not {normalization!r}"
+            )
         floor_s = self._context_floor(audio_context)
         source = load_audio(audio)
         samples, duration = source.samples, source.duration
@@ -401,13 +412,15 @@ class WhisperModel:
         duration_after_vad = len(samples) / SAMPLE_RATE
         reduced = self._reduced_windows(samples, floor_s, window_frames)
         windows: Windows
-        if reduced is None:
+        if reduced is not None:
+            windows = reduced
+        elif normalization == "window":
+            windows = OwnMaximumWindows(samples, self._model.n_mels, window_frames)
+        else:
             power = self.feature_extractor.power_spectrum(samples)
             del samples
             windows = FullContextWindows(self.feature_extractor.log_mel(power), window_frames)
             del power
-        else:
-            windows = reduced
         transcription = SequentialDecoder(
             self._model, windows, options, task, reduced is not None, clips, speech
         )
@@ -436,6 +449,40 @@ class WhisperModel:
             log_progress,
         )
         return segments, info
+
+    @property
+    def model_is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model.residency.is_loaded
+
+    def load_model(self) -> None:
+        """Bring the weights back after `unload_model`; using the model does it, too."""
+        self._model.load()
+
+    def unload_model(self, to_cpu: bool = False, timeout: float | None = None) -> None:
+        """Free the weights as soon as no call into the model is under way.
+
+        Transcriptions that are being iterated go on: their next window loads the weights again.
+
+        Parameters
+        ----------
+        to_cpu
+            Keep them in the CPU's memory, from where they are back sooner.
+        timeout
+            Seconds to wait for the calls under way; None waits for as long as they take.
+
+        Raises
+        ------
+        TimeoutError
+            If there still were calls under way; nothing has changed then.
+        ModelError
+            If CTranslate2 keeps the weights all the same.
+        """
+        self._model.unload(to_cpu, timeout)
+
+    def unload_when_idle(self, seconds: float | None, to_cpu: bool = False) -> None:
+        """Free the weights whenever the model was not used for so many seconds; None stops that."""
+        self._model.residency.unload_when_idle(seconds, to_cpu)
 
     def detect_language(
         self,

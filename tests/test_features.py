@@ -15,6 +15,7 @@ from speechrnt.features import (
     WINDOW_FRAMES,
     FeatureExtractor,
     FullContextWindows,
+    OwnMaximumWindows,
     ReducedContextWindows,
 )
 
@@ -144,3 +145,26 @@ class TestReducedContext:
         assert (full.seek, full.frames) == (window.seek, window.frames)
         assert full.features.shape[2] == WINDOW_FRAMES
         np.testing.assert_array_equal(full.features[:, :, :200], window.features[:, :, :200])
+
+
+class TestOwnMaximum:
+    def test_windows_are_those_of_their_audio_alone(self):
+        audio = noise(70 * RATE)
+        windows = OwnMaximumWindows(audio, 80)
+        for seek, frames in ((0, 3000), (1000, 3000), (6000, 1000)):
+            window = windows.at(seek)
+            assert (window.seek, window.frames) == (seek, frames)
+            expected = np.full((80, WINDOW_FRAMES), -10.0, dtype=np.float32)
+            expected[:, :frames] = _mel.log10_mel(audio, 80)[:, seek : seek + frames]
+            _mel.normalize(expected, out=expected)
+            np.testing.assert_allclose(window.features[0], expected, atol=1e-5)
+
+    def test_clips_end_where_they_should(self):
+        windows = OwnMaximumWindows(noise(10 * RATE), 80, 500)
+        assert [windows.at(100, end).frames for end in (150, 600, 700)] == [50, 500, 500]
+
+    @pytest.mark.parametrize("samples", [0, 1, 159, 160])
+    def test_hardly_any_audio(self, samples):
+        window = OwnMaximumWindows(noise(samples), 80).at(0)
+        assert window.frames == samples // 160
+        assert np.isfinite(window.features).all()

@@ -7,7 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import faster_whisper
 import jiwer
@@ -103,7 +103,9 @@ class TestInterface:
     def test_the_arguments_are_those_of_faster_whisper(self):
         theirs = faster_whisper
         self.assert_same_arguments(
-            WhisperModel.transcribe, theirs.WhisperModel.transcribe, ["audio_context"]
+            WhisperModel.transcribe,
+            theirs.WhisperModel.transcribe,
+            ["audio_context", "normalization"],
         )
         self.assert_same_arguments(
             WhisperModel, theirs.WhisperModel, required=["model_size_or_path"]
@@ -298,6 +300,7 @@ class TestOptions:
             ("clip_timestamps", None),
             ("clip_timestamps", 5),
             ("hallucination_silence_threshold", "long"),
+            ("normalization", "file"),
             ("audio_context", 10**400),
             ("audio_context", np.array([5.0])),
             ("audio_context", "half"),
@@ -389,6 +392,62 @@ class TestWork:
         segments = list(model.transcribe(audio, audio_context="full", temperature=0.0)[0])
         assert len(segments) > 1
         assert len(calls["encode"]) == len(calls["generate"]) > 1
+
+
+class TestCancel:
+    def test_no_further_window_is_decoded(self, model, samples, manifest, calls):
+        audio, _ = joined(samples, manifest, 70)
+        segments, _ = model.transcribe(audio, language="en", audio_context="full")
+        next(segments)
+        decoded = len(calls["generate"])
+        segments.cancel()
+        with pytest.raises(CancelledError):
+            list(segments)
+        assert len(calls["generate"]) == decoded
+
+    def test_a_window_under_way_is_dropped(self, model, clip, monkeypatch):
+        segments, _ = model.transcribe(clip, language="en")
+        generate = Model.generate
+
+        def cancelled_meanwhile(*arguments, **options):
+            segments.cancel()
+            return generate(*arguments, **options)
+
+        monkeypatch.setattr(Model, "generate", cancelled_meanwhile)
+        with pytest.raises(CancelledError):
+            next(segments)
+        monkeypatch.undo()
+        assert text(model, clip)
+
+    def test_progress_can_be_watched(self, model, samples, manifest):
+        audio, _ = joined(samples, manifest, 70)
+        segments, info = model.transcribe(audio, language="en")
+        seen = [segments.seconds_done]
+        for _ in segments:
+            seen.append(segments.seconds_done)
+        assert segments.seconds_done == segments.duration == pytest.approx(info.duration, abs=0.02)
+        assert seen == sorted(seen)
+        assert seen[0] == 0
+
+    def test_segments_can_be_closed(self, model, clip):
+        segments, _ = model.transcribe(clip)
+        segments.close()
+        assert list(segments) == []
+
+
+class TestNormalization:
+    def test_by_window_nothing_is_computed_ahead(self, undeclared, samples, manifest, monkeypatch):
+        audio, _ = joined(samples, manifest, 28)
+        monkeypatch.setattr(undeclared, "feature_extractor", None)
+        assert text(undeclared, audio, language="en", normalization="window")
+
+    def test_by_window_loud_places_elsewhere_do_not_matter(self, undeclared, clip):
+        quiet = clip.samples * 1e-3
+        loud = np.random.default_rng(1).standard_normal(RATE).astype(np.float32)
+        audio = np.concatenate([quiet, np.zeros(31 * RATE, np.float32), loud])
+        clips = [0, clip.duration]
+        options = {"language": "en", "clip_timestamps": clips, "normalization": "window"}
+        assert text(undeclared, audio, **options) == text(undeclared, quiet, **options)
 
 
 class TestAudioContext:
