@@ -628,6 +628,8 @@ class TestFittingBatch:
             device_index=list(range(len(free))),
             compute_type="float16",
             num_workers=num_workers,
+            n_mels=80,
+            is_multilingual=True,
         )
         monkeypatch.setattr(mempool, "free_memory", lambda index: (free[index], 2**34))
         return replace(model, whisper=whisper)
