@@ -18,11 +18,14 @@ from tqdm import tqdm
 
 from . import _mel, cublas, demo, handover, inference_memory
 from ._version import __version__
+from .audio import PCM_ENCODINGS, SAMPLE_RATE, load_audio
 from .errors import SpeechRNTError
 from .formats import WRITERS
 from .hub import EMBEDDED_MODELS, HUB_MODELS
+from .live import EventPrinter, pcm_chunks, play, recorded_chunks
 from .models import DEFAULT_MODEL, DEVICES
 from .results import Segment
+from .stt import OptimizedSTTFactory, PerformanceOptimizedSTT
 from .system import cpu_name, usable_cores, why_no_gpu
 from .tokenizer import TASKS
 from .transcribe import WhisperModel
@@ -143,6 +146,56 @@ def _parser() -> argparse.ArgumentParser:
     )
     transcribe.set_defaults(run=_transcribe)
 
+    live = commands.add_parser(
+        "stream",
+        allow_abbrev=False,
+        help="transcribe audio as it comes, with partial results",
+        description="Transcribe a recording as if it were being spoken, or PCM from standard "
+        "input as it comes. On a terminal the line is written again as more is understood; "
+        "elsewhere each event is a line.",
+        epilog="Example: arecord -q -f S16_LE -r 16000 -c 1 -t raw | speechrnt stream -",
+    )
+    live.add_argument("file", metavar="FILE", help="recording, or - for PCM on standard input")
+    live.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="name (see 'speechrnt models'), hub id or directory (default: %(default)s)",
+    )
+    live.add_argument(
+        "--language", metavar="CODE", help="language spoken, such as en (default: detected)"
+    )
+    live.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where to compute (default: %(default)s)"
+    )
+    live.add_argument(
+        "--compute-type",
+        default="default",
+        metavar="TYPE",
+        help="'default' (as the model was saved), 'auto', or one that 'speechrnt info' lists",
+    )
+    live.add_argument(
+        "--sample-rate",
+        type=int,
+        default=SAMPLE_RATE,
+        metavar="HZ",
+        help="of the PCM, mono (default: %(default)s)",
+    )
+    live.add_argument(
+        "--encoding",
+        choices=tuple(PCM_ENCODINGS),
+        default="s16",
+        help="of the PCM, little endian (default: %(default)s)",
+    )
+    live.add_argument(
+        "--speed",
+        type=float,
+        default=1.0,
+        metavar="TIMES",
+        help="play the recording so many times as fast (default: %(default)s)",
+    )
+    live.add_argument("--json", action="store_true", help="each event as a line of JSON")
+    live.set_defaults(run=_stream)
+
     models = commands.add_parser(
         "models",
         help="list the models known by name",
@@ -257,6 +310,41 @@ def _followed(segments: Iterable[Segment], progress: tqdm[NoReturn]) -> Iterator
     for segment in segments:
         progress.update(max(0.0, min(segment.end, progress.total) - progress.n))
         yield segment
+
+
+def _stream(options: argparse.Namespace) -> int:
+    if not options.speed > 0:
+        return _fail(f"--speed {options.speed}: must be more than 0")
+    is_pcm = options.file == "-"
+    try:
+        audio = None if is_pcm else load_audio(Path(options.file))
+        engine = PerformanceOptimizedSTT(
+            OptimizedSTTFactory.recommended_config(),
+            options.model,
+            device=options.device,
+            compute_type=options.compute_type,
+        )
+    except (SpeechRNTError, OSError) as error:
+        return _fail(str(error))
+    printer = EventPrinter(sys.stdout, options.json)
+    try:
+        with engine:
+            stream = engine.stream(
+                callback=printer,
+                language=options.language,
+                sample_rate=options.sample_rate if is_pcm else SAMPLE_RATE,
+                encoding=options.encoding,
+            )
+            if audio is None:
+                chunks = pcm_chunks(sys.stdin.buffer, options.sample_rate, options.encoding)
+            else:
+                chunks = recorded_chunks(audio, options.speed)
+            warnings = play(stream, chunks, printer).warnings
+    except SpeechRNTError as error:
+        return _fail(str(error))
+    for warning in (*(() if audio is None else audio.warnings), *warnings):
+        _report("warning", f"{options.file}: {warning}")
+    return EXIT_OK
 
 
 def _models(_options: argparse.Namespace) -> int:
