@@ -55,6 +55,7 @@ bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_gpu.py
 	$(BIN)/python perf/bench_dispatcher.py --quick
 	$(BIN)/python perf/bench_serving.py --quick
+	$(BIN)/python perf/bench_stream_readers.py --rounds 1
 	$(BIN)/python perf/accuracy.py
 
 docs: $(VENV)/.docs ## build the documentation in build/site, with its links checked

@@ -562,7 +562,10 @@ def test_the_version_is_printed(call):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["transcribe turn recordings into text stream transcribe audio", "info show versions"]),
+        (
+            [],
+            ["transcribe turn recordings into text stream transcribe audio", "info show versions"],
+        ),
         (["transcribe"], ["FILE [FILE ...]", "--output-dir DIR", "(default: pico)", "Exit status"]),
         (["stream"], ["on standard input", "(default: s16)", "Example: arecord"]),
         (["models"], ["already here"]),
