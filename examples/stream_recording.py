@@ -14,6 +14,7 @@ SAMPLE = Path(__file__).parent.parent / "tests" / "samples" / "s27_en.wav"
 
 
 async def main():
+    """Push the recording as it would be spoken."""
     audio = load_audio(sys.argv[1] if len(sys.argv) > 1 else SAMPLE)
     with OptimizedSTTFactory.create_optimized() as stt:
         async with stt.stream(language="en") as stream:
@@ -25,6 +26,7 @@ async def main():
 
 
 async def show(stream):
+    """Print the events of a stream."""
     async for event in stream:
         if isinstance(event, Partial):
             print(f"  {event.stable_text} | {event.unstable_text}")

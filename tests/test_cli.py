@@ -564,7 +564,7 @@ def test_the_version_is_printed(call):
     [
         (
             [],
-            ["transcribe turn recordings into text stream transcribe audio", "info show versions"],
+            ["recordings into text stream transcribe audio", "info show versions"],
         ),
         (["transcribe"], ["FILE [FILE ...]", "--output-dir DIR", "(default: pico)", "Exit status"]),
         (["stream"], ["on standard input", "(default: s16)", "Example: arecord"]),
