@@ -320,6 +320,29 @@ class TestThresholds:
                 assert segment.temperature == 0.8
 
 
+@pytest.mark.parametrize("clip", ["short", "languages", "noise", "silence"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"language_detection_segments": 3, "language_detection_threshold": 0.999},
+        {"vad_filter": True, "language_detection_segments": 2},
+    ],
+)
+def test_detect_language(both, clips, same_probabilities, clip, options):  # noqa: F811
+    peer, ours = both
+    # The peer takes no dict of VAD options here, and no None when it filters.
+    expected = peer.detect_language(
+        clips[clip], vad_parameters=faster_whisper.vad.VadOptions(), **options
+    )
+    assert ours.detect_language(clips[clip], **options) == expected
+    peer.feature_extractor = faster_whisper.feature_extractor.FeatureExtractor(**peer.feat_kwargs)
+    features = peer.feature_extractor(clips[clip])
+    detection = {name: value for name, value in options.items() if name != "vad_filter"}
+    expected = peer.detect_language(features=features, **detection)
+    assert ours.detect_language(features=features, **detection) == expected
+
+
 @pytest.mark.parametrize("compute_type", ["int8", "float32"])
 def test_compute_types(recordings, compute_type):
     both = load_both(compute_type=compute_type)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from speechrnt.decoding import MAX_PROMPT_TOKENS
+from speechrnt.decoding import MAX_LENGTH, MAX_PROMPT_TOKENS
 from speechrnt.features import FullContextWindows
 from speechrnt.hub import EMBEDDED_MODELS
 from speechrnt.models import Capabilities, load_model
@@ -128,3 +128,48 @@ def test_prompts_keep_to_their_limit(tokenizer):
     model = Script(tokenizer, (VARIED, -0.1))
     run(model, initial_prompt=[5] * 1000)
     assert len(model.prompts[0]) == 1 + MAX_PROMPT_TOKENS + 3
+
+
+def test_long_hotwords_leave_room_for_the_transcript(tokenizer):
+    """faster-whisper's prompt outgrows the decoder here, and CTranslate2 raises an error."""
+    model = Script(tokenizer, (VARIED, -0.1))
+    run(model, initial_prompt=[5] * 1000, hotwords="alarm kitchen " * 200)
+    [prompt] = model.prompts
+    assert len(prompt) == MAX_LENGTH - 128
+    hotwords = tokenizer.encode(" " + ("alarm kitchen " * 200).strip())[:MAX_PROMPT_TOKENS]
+    assert prompt[1 : 1 + MAX_PROMPT_TOKENS] == hotwords
+    assert 5 in prompt
+
+
+def test_earlier_text_makes_room_for_the_tokens_asked_for(tokenizer):
+    model = Script(tokenizer, (VARIED, -0.1))
+    run(model, initial_prompt=[5] * 1000, max_new_tokens=400)
+    assert len(model.prompts[0]) == MAX_LENGTH - 400
+
+
+def test_hotwords_stand_before_every_window_and_a_prefix_in_the_first(tokenizer):
+    model = Script(tokenizer, *[("Seven.", -0.1)] * 3)
+    run(model, windows=3, hotwords="alarm", prefix="Turn", condition_on_previous_text=False)
+    sequence = tokenizer.sot_sequence("en", "transcribe")
+    hotwords = [tokenizer.sot_prev, *tokenizer.encode(" alarm")]
+    first = [*sequence, tokenizer.timestamp_begin, *tokenizer.encode(" Turn")]
+    assert model.prompts == [first, hotwords + sequence, hotwords + sequence]
+
+
+def test_times_beyond_a_short_window_do_not_skip_audio(tokenizer):
+    """faster-whisper goes on where the last timestamp is, even if the window ended before."""
+    model = Script(tokenizer, *[("Seven.", -0.1)] * 3)
+    generate = model.generate
+
+    def timed(*arguments, **options):
+        [result] = generate(*arguments, **options)
+        begin = tokenizer.timestamp_begin
+        tokens = [begin, *result.sequences_ids[0], begin + 600, begin + 600]
+        return [SimpleNamespace(sequences_ids=[tokens], scores=[-0.1], no_speech_prob=0.0)]
+
+    model.generate = timed
+    features = np.zeros((80, 3001), dtype=np.float32)
+    windows = FullContextWindows(features, 1000)
+    decoder = SequentialDecoder(model, windows, options(), "transcribe", False)
+    segments = list(decoder.segments("en", lambda seconds: None))
+    assert [segment.seek for segment in segments] == [0, 1000, 2000]

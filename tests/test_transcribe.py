@@ -318,14 +318,43 @@ class TestOptions:
 
     def test_arguments_are_not_changed(self, model, clip):
         temperature, suppress_tokens, prompt = [0.0, 0.2], [-1, 5], [40, 50]
+        vad, clips = {"threshold": 0.4}, [0.0]
         text(
             model,
             clip,
+            vad_filter=True,
+            vad_parameters=vad,
+            clip_timestamps=clips,
             temperature=temperature,
             suppress_tokens=suppress_tokens,
             initial_prompt=prompt,
         )
         assert (temperature, suppress_tokens, prompt) == ([0.0, 0.2], [-1, 5], [40, 50])
+        assert (vad, clips) == ({"threshold": 0.4}, [0.0])
+
+    def test_the_length_of_chunks_counts_for_one_call(self, model, clip, calls):
+        """faster-whisper keeps it for all that come after, in other threads too."""
+        text(model, clip, audio_context="full", language="en", chunk_length=1)
+        assert len(calls["encode"]) > 1
+        calls["encode"].clear()
+        text(model, clip, audio_context="full", language="en")
+        assert len(calls["encode"]) == 1
+
+    def test_voice_activity_detection_drops_silence(self, model, clip):
+        silence = np.zeros(10 * RATE, dtype=np.float32)
+        audio = np.concatenate([silence, clip.samples, silence])
+        for clips in ("0", "", [], [0.0]):
+            segments, info = model.transcribe(audio, vad_filter=True, clip_timestamps=clips)
+            [segment] = segments
+            assert segment.text.strip() == "Set the alarm for six ten."
+            assert 9 < segment.start < segment.end < 14
+            assert info.duration_after_vad < 5 < info.duration
+            assert info.vad_options == speechrnt.VadOptions()
+
+    def test_voice_activity_detection_beside_clips_is_a_warning(self, model, clip):
+        _, info = model.transcribe(clip, vad_filter=True, clip_timestamps="0,1")
+        assert "vad_filter" in info.warnings[0]
+        assert info.vad_options is None
 
     def test_a_one_shot_iterable_serves_as_prompt(self, model, clip):
         prompt = model.hf_tokenizer.encode(" Good morning.", add_special_tokens=False).ids
