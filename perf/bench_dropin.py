@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +27,7 @@ PEERS = ("faster-whisper", "speechrnt")
 SAMPLES = Path(__file__).parent.parent / "tests" / "samples"
 RATE = 16_000
 REPEATS = 5
+LONG = {"ten minutes": 600, "hour": 3600, "first segment": 3600, "first, by window": 3600}
 
 
 def recording(seconds):
@@ -59,16 +61,25 @@ def timed(function):
     return time.perf_counter() - began
 
 
-def measure(peer, task, directory, compute_type, threads):
-    """Return seconds, and the most memory this process had, in MiB."""
+def write_recording(seconds, directory):
+    """Write a recording of a length as a file, if it is not there; return its path."""
+    path = Path(directory) / f"{seconds}.wav"
+    if not path.exists():
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes((recording(seconds) * 32767).astype("<i2").tobytes())
+    return path
+
+
+def measure(peer, task, directory, compute_type, threads, path):
+    """Print seconds, and the most memory this process had, in MiB."""
     model, context = load(peer, directory, compute_type, int(threads))
     options = {"temperature": 0.0, "language": "en", "condition_on_previous_text": False, **context}
     if "pico" not in directory:
         options["max_new_tokens"] = 20
     if task == "detected":
         options["language"] = None
-    long = {"ten minutes": 600, "hour": 3600, "first segment": 3600, "first, by window": 3600}
-    audio = recording(long.get(task, 0))
+    audio = path if task in LONG else recording(0)
 
     def whole(samples=audio):
         list(model.transcribe(samples, **options)[0])
@@ -94,7 +105,8 @@ def measure(peer, task, directory, compute_type, threads):
 
 def run(*arguments):
     command = [sys.executable, __file__, "--measure", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments[-1])}
+    threads = str(arguments[4])
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout)
 
@@ -120,12 +132,14 @@ def compare():
             for compute_type in ("int8",) if arguments.quick else ("int8", "float32"):
                 for threads in (1,) if arguments.quick else (1, 2):
                     for task in tasks:
-                        row(task, name, directory, compute_type, threads, arguments.rounds)
+                        kind = (name, directory, compute_type, threads)
+                        row(task, *kind, arguments.rounds, scratch)
 
 
-def row(task, name, directory, compute_type, threads, rounds):
+def row(task, name, directory, compute_type, threads, rounds, scratch):
+    path = write_recording(LONG[task], scratch) if task in LONG else ""
     measured = [
-        {peer: run(peer, task, directory, compute_type, threads) for peer in PEERS}
+        {peer: run(peer, task, directory, compute_type, threads, path) for peer in PEERS}
         for _ in range(rounds)
     ]
     theirs, ours = (

@@ -464,6 +464,39 @@ class TestCancel:
         assert list(segments) == []
 
 
+class TestDetectLanguage:
+    def test_any_audio_will_do(self, model, samples):
+        for audio in (samples / "s02_de.wav", speechrnt.load_audio(samples / "s02_de.wav")):
+            language, probability, everything = model.detect_language(audio)
+            assert (language, probability) == everything[0]
+            assert language == "de"
+
+    def test_vad_options_may_be_a_dict(self, model, clip):
+        """faster-whisper raises an AttributeError here."""
+        options = {"threshold": 0.4}
+        assert model.detect_language(clip, vad_filter=True, vad_parameters=options)[0] == "en"
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {},
+            {"features": np.zeros((80, 0))},
+            {"features": np.zeros((128, 10))},
+            {"features": np.zeros(10)},
+            {"audio": SILENCE, "language_detection_segments": 0},
+            {"audio": SILENCE, "vad_parameters": {"threshold": 2}},
+        ],
+    )
+    def test_bad_arguments_are_refused(self, model, arguments):
+        with pytest.raises(OptionError):
+            model.detect_language(**arguments)
+
+    def test_english_only_models_know_the_answer(self, model, clip, monkeypatch, calls):
+        monkeypatch.setattr(Model, "is_multilingual", property(lambda self: False))
+        assert model.detect_language(clip) == ("en", 1.0, [("en", 1.0)])
+        assert calls["encode"] == []
+
+
 class TestNormalization:
     def test_by_window_nothing_is_computed_ahead(self, undeclared, samples, manifest, monkeypatch):
         audio, _ = joined(samples, manifest, 28)
