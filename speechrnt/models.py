@@ -225,7 +225,7 @@ class Model:
         global _has_loaded
         _has_loaded = True
         _loaded.add(self)
-        object.__setattr__(self, "residency", Residency(self.whisper, self.name))
+        object.__setattr__(self, "residency", Residency(self.whisper, self.name, _calls))
         # CTranslate2 does not tell while the weights are unloaded.
         object.__setattr__(self, "_n_mels", int(self.whisper.n_mels))
         object.__setattr__(self, "_is_multilingual", bool(self.whisper.is_multilingual))
@@ -302,6 +302,11 @@ class Model:
         self._here()
         with _calls:
             self.residency.unload(to_cpu, timeout)
+
+    def unload_when_idle(self, seconds: float | None, to_cpu: bool = False) -> None:
+        """Free the weights after so many seconds; see `Residency.unload_when_idle`."""
+        self._here()
+        self.residency.unload_when_idle(seconds, to_cpu)
 
     def fitting_batch(self, wanted: int, frames: int = 3000, beam_size: int = 5) -> int:
         """Return how many windows can be decoded in one call while all workers do the same.

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -39,10 +40,16 @@ class Residency:
         The CTranslate2 model.
     name
         What to call it in messages.
+    calls
+        Entered around what the idle watch asks of CTranslate2, which must not be under way when
+        the interpreter exits.
     """
 
-    def __init__(self, whisper: Any, name: str) -> None:
+    def __init__(
+        self, whisper: Any, name: str, calls: AbstractContextManager[None] | None = None
+    ) -> None:
         self._whisper = whisper
+        self._calls = nullcontext() if calls is None else calls
         self._name = name
         self._changed = threading.Condition()
         self._uses = 0
@@ -154,7 +161,8 @@ class Residency:
                 left = _WATCH_S
             elif left <= 0:
                 try:
-                    self._unload(self._idle_to_cpu)
+                    with self._calls:
+                        self._unload(self._idle_to_cpu)
                     return True
                 except ModelError as error:
                     logger.warning("not unloaded though idle: %s", error)

@@ -100,7 +100,8 @@ class Hints:
     def __init__(self, tokenizer: Tokenizer, options: TranscriptionOptions) -> None:
         self.hotwords = _hint_tokens(tokenizer, options.hotwords)
         self.prefix = _hint_tokens(tokenizer, options.prefix)
-        self.max_new_tokens = options.max_new_tokens
+        limit = options.max_new_tokens
+        self.max_new_tokens = None if limit is None else int(limit)
         shortest = build_prompt(
             tokenizer,
             tokenizer.languages[0],

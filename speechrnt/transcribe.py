@@ -482,7 +482,7 @@ class WhisperModel:
 
     def unload_when_idle(self, seconds: float | None, to_cpu: bool = False) -> None:
         """Free the weights whenever the model was not used for so many seconds; None stops that."""
-        self._model.residency.unload_when_idle(seconds, to_cpu)
+        self._model.unload_when_idle(seconds, to_cpu)
 
     def detect_language(
         self,

@@ -117,6 +117,14 @@ def test_human_recordings(both, human_audio, file):
     assert_same(both, str(human_audio / file), temperature=0.0)
 
 
+@pytest.mark.parametrize("file", HUMAN)
+def test_words_of_human_recordings(both, human_audio, same_probabilities, file):  # noqa: F811
+    options = {"temperature": 0.0, "word_timestamps": True, "multilingual": True}
+    audio = speechrnt.decode_audio(human_audio / file)
+    assert_same(both, audio, hallucination_silence_threshold=0.5, **options)
+    assert_same(both, audio, vad_filter=True, hotwords="America", **options)
+
+
 def test_human_digits(both, human_audio):
     for file in sorted((human_audio / "digits").glob("*.wav")):
         assert_same(both, str(file), temperature=0.0)

@@ -588,6 +588,25 @@ class TestAudioContext:
         assert text(model, clip, language="en") == ""
 
 
+def test_many_threads_with_words_and_clips_of_their_own(model, samples, manifest):
+    audio, _ = joined(samples, manifest, 20)
+    jobs = [
+        {"word_timestamps": words, "vad_filter": vad, "hotwords": hotwords, "chunk_length": chunk}
+        for words in (True, False)
+        for vad in (True, False)
+        for hotwords in (None, "alarm")
+        for chunk in (None, 5)
+    ]
+
+    def segments(job):
+        options = {"temperature": 0.0, "language": "en", "audio_context": "full", **job}
+        return [dataclasses.asdict(each) for each in model.transcribe(audio, **options)[0]]
+
+    expected = [segments(job) for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(segments, jobs)) == expected
+
+
 def test_many_threads_with_options_of_their_own(model, samples, manifest):
     jobs = [
         (samples / clip["file"], {"language": language, "task": task, "audio_context": context})
