@@ -366,16 +366,26 @@ inline int free_segment(sr_gpu_pool *pool, Lock *lock, std::uint32_t block) {
     return SR_OK;
 }
 
-/* Release segments that are wholly free, the smallest first, while more than `keep` is reserved. */
-inline int trim_segments(sr_gpu_pool *pool, Lock *lock, std::uint64_t keep) {
+/* Call visit(block) for each segment that is wholly free, smaller ones first. */
+template <typename Visit>
+void for_each_idle(const sr_gpu_pool *pool, Visit visit) {
+    pool->index.for_each_free(pool->index.granule(), [&](std::uint32_t block) {
+        const Block &node = pool->index[block];
+        if (node.previous == kNone && node.next == kNone) {
+            visit(block);
+        }
+    });
+}
+
+/* Release idle segments while more than `most` is reserved, but none without which it would be less
+   than `least`. */
+inline int trim_segments(sr_gpu_pool *pool, Lock *lock, std::uint64_t most, std::uint64_t least) {
     int status = SR_OK;
     bool any = false;
-    while (status == SR_OK && pool->counts.reserved_bytes > keep) {
+    while (status == SR_OK && pool->counts.reserved_bytes > most) {
         std::uint32_t idle = kNone;
-        pool->index.for_each_free(pool->index.granule(), [&](std::uint32_t block) {
-            const Block &node = pool->index[block];
-            if (idle == kNone && node.previous == kNone && node.next == kNone &&
-                pool->counts.reserved_bytes - node.size >= keep) {
+        for_each_idle(pool, [&](std::uint32_t block) {
+            if (idle == kNone && pool->counts.reserved_bytes - pool->index[block].size >= least) {
                 idle = block;
             }
         });
@@ -431,14 +441,19 @@ inline int add_segment(sr_gpu_pool *pool, Lock *lock, std::uint64_t size) {
 
 inline int extend_segments(sr_gpu_pool *pool, Lock *lock, std::uint64_t need) {
     const std::uint64_t limit = pool->options.limit;
-    const std::uint64_t wanted = round_up(need, pool->options.chunk);
-    for (const std::uint64_t size : {wanted, need}) {
-        if (pool->counts.reserved_bytes > limit || size > limit - pool->counts.reserved_bytes) {
-            trim_segments(pool, lock, size > limit ? limit : limit - size);
+    for (const std::uint64_t size : {round_up(need, pool->options.chunk), need}) {
+        if (size > limit) {
+            continue;
         }
-        if (size <= limit && pool->counts.reserved_bytes <= limit - size) {
+        const std::uint64_t most = limit - size;
+        std::uint64_t idle = 0;
+        for_each_idle(pool, [&](std::uint32_t block) { idle += pool->index[block].size; });
+        if (pool->counts.reserved_bytes > most && pool->counts.reserved_bytes - idle <= most) {
+            trim_segments(pool, lock, most, 0);
+        }
+        if (pool->counts.reserved_bytes <= most) {
             int status = add_segment(pool, lock, size);
-            if (status == SR_NO_MEMORY && trim_segments(pool, lock, 0) == SR_OK) {
+            if (status == SR_NO_MEMORY && trim_segments(pool, lock, 0, 0) == SR_OK) {
                 status = add_segment(pool, lock, size);
             }
             if (status != SR_NO_MEMORY || size == need) {
@@ -456,7 +471,7 @@ inline int extend(sr_gpu_pool *pool, Lock *lock, std::uint64_t need, bool move) 
 }
 
 inline int trim(sr_gpu_pool *pool, Lock *lock, std::uint64_t keep) {
-    return pool->vmm ? trim_range(pool, lock, keep) : trim_segments(pool, lock, keep);
+    return pool->vmm ? trim_range(pool, lock, keep) : trim_segments(pool, lock, keep, keep);
 }
 
 /* What earlier attempts could not give back, for a pool without free or busy neighbours left. */

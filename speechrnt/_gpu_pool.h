@@ -237,48 +237,52 @@ inline int climb(sr_gpu_pool *pool, std::size_t size, bool on_stream, void *stre
         return current.status();
     }
     const std::uint64_t rounded = granules(pool, size);
-    const bool move = pool->options.defragment;
     Lock lock(pool->mutex);
     // Another thread may have grown the pool meanwhile.
-    int status = take(pool, size, on_stream, stream, result);
-    if (status == kRetry && pool->counts.pending_bytes != 0) {
+    int taken = take(pool, size, on_stream, stream, result);
+    if (taken == kRetry && pool->counts.pending_bytes != 0) {
         drain(pool);
-        status = take(pool, size, on_stream, stream, result);
+        taken = take(pool, size, on_stream, stream, result);
     }
-    if (status != kRetry) {
-        return status;
+    if (taken != kRetry) {
+        return taken;
     }
-    status = extend(pool, &lock, rounded, move);
-    const auto exhausted = [&] { return status == SR_EXHAUSTED || status == SR_NO_MEMORY; };
+    int status = SR_OK;
+    const auto grow = [&] {
+        do {
+            status = extend(pool, &lock, rounded, pool->options.defragment);
+            // If that failed, what others freed meanwhile may do. If it worked, others may have
+            // taken of the free neighbours that it counted on: then they got what they wanted.
+            taken = take(pool, size, on_stream, stream, result);
+        } while (taken == kRetry && status == SR_OK);
+    };
+    const auto exhausted = [&] {
+        return taken == kRetry && (status == SR_EXHAUSTED || status == SR_NO_MEMORY);
+    };
+    grow();
     if (exhausted() && pool->counts.pending_bytes != 0) {
         ++pool->counts.retries;
         if (wait_for_streams(pool, &lock) == SR_OK) {
-            if (take(pool, size, on_stream, stream, result) == SR_OK) {
-                return SR_OK;
+            taken = take(pool, size, on_stream, stream, result);
+            if (taken == kRetry) {
+                grow();
             }
-            status = extend(pool, &lock, rounded, move);
         }
     }
-    if (status == SR_NO_MEMORY && pool->options.trim_mempool) {
+    if (taken == kRetry && status == SR_NO_MEMORY && pool->options.trim_mempool) {
         ++pool->counts.retries;
         lock.unlock();
         const int trimmed = SR_CALL(pool, trim_mempool, pool->options.device);
         lock.lock();
         if (trimmed == SR_OK) {
-            status = extend(pool, &lock, rounded, move);
+            grow();
         }
-    }
-    // What extend made is taken before anybody else can see it; and what others freed while it
-    // failed may do.
-    const int taken = take(pool, size, on_stream, stream, result);
-    if (taken != kRetry) {
-        return taken;
     }
     if (exhausted()) {
         ++pool->counts.ooms;
         pool->counts.fragmented_ooms += pool->index.free_bytes() >= rounded;
     }
-    return status == SR_OK ? SR_NO_MEMORY : status;
+    return taken == kRetry ? status : taken;
 }
 
 inline int gpu_alloc(sr_gpu_pool *pool, std::size_t size, bool on_stream, void *stream,
@@ -387,19 +391,34 @@ inline int gpu_free_on(sr_gpu_pool *pool, std::uint64_t handle, void *stream) {
     return SR_OK;
 }
 
-/* Have nothing pending that needs the stream alive. */
+/* Have nothing pending that needs the stream alive. The driver may give its address to another
+   stream, which must not be lent what this one may still use: so its batches go on under a key that
+   no stream has, the last one's event. */
 inline int gpu_flush(sr_gpu_pool *pool, void *stream) {
     if (forked(pool)) {
         return SR_FORKED;
     }
     const std::lock_guard<std::mutex> guard(pool->mutex);
     const auto entry = pool->streams.find(stream);
-    if (entry == pool->streams.end() || entry->second.open.count == 0) {
+    if (entry == pool->streams.end()) {
         return SR_OK;
     }
-    const Current current(pool);
-    return current.status() == SR_OK ? close_batch(pool, stream, &entry->second)
-                                     : current.status();
+    if (entry->second.open.count != 0) {
+        const Current current(pool);
+        const int status = current.status() == SR_OK ? close_batch(pool, stream, &entry->second)
+                                                     : current.status();
+        if (status != SR_OK) {
+            return status;
+        }
+    }
+    auto node = pool->streams.extract(entry);
+    if (!node.mapped().closed.empty()) {
+        node.key() = node.mapped().closed.back().event;
+        // Whoever had the event before has been passed, and is empty.
+        pool->streams.erase(node.key());
+        pool->streams.insert(std::move(node));
+    }
+    return SR_OK;
 }
 
 /* The address of a live block, or 0. */

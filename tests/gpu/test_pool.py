@@ -222,6 +222,25 @@ def test_segments_that_are_too_small_are_exchanged_for_a_larger_one():
     assert check(pool).reserved == 16 * MIB
 
 
+def test_segments_are_exchanged_also_where_that_leaves_less_than_before():
+    pool = make(limit=10 * MIB, backing="segments")
+    blocks = [pool.allocate(size * MIB) for size in (4, 4, 2)]
+    blocks[0].free()
+    blocks[1].free()
+    assert pool.allocate(5 * MIB).address
+    assert check(pool).reserved <= 8 * MIB
+
+
+def test_segments_are_kept_where_giving_them_back_would_not_do():
+    pool = make(limit=10 * MIB, backing="segments")
+    blocks = [pool.allocate(size * MIB) for size in (4, 6)]
+    blocks[0].free()
+    with pytest.raises(GpuOutOfMemory):
+        pool.allocate(5 * MIB)
+    now = check(pool)
+    assert (now.reserved, now.trims) == (10 * MIB, 0)
+
+
 # Defragmentation
 
 
@@ -659,3 +678,27 @@ def test_threads_share_a_pool(backing):
     assert (now.live, now.in_use) == (0, 0)
     pool.close()
     assert check(pool).reserved == 0
+
+
+def test_threads_that_grow_a_pool_at_once_all_get_memory():
+    # Growing counts on free neighbours, which others may take while the driver works.
+    pool = make(limit=1024 * MIB)
+    failures = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        try:
+            for i in range(300):
+                pool.allocate(rng.choice([300_000, 3 * MIB, 5 * MIB, 7 * MIB])).free()
+                if i % 3 == 0:
+                    pool.trim(0)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert check(pool).ooms == 0
