@@ -18,6 +18,7 @@ _UTTERANCE_BYTES = 4 * MIB
 _UTTERANCE_SHARE = 0.125
 _UTTERANCES_PER_CORE = 16
 _GPU_POOL_SHARE = 0.25
+_LEAST_GPU_POOL_MIB = 2  # which GPUs map at once
 _MOST_GPU_POOL_MIB = 1 << 20
 
 
@@ -117,7 +118,11 @@ class OptimizationConfig:
             return 0
         if self.gpu_memory_pool_size_mb is not None:
             return self.gpu_memory_pool_size_mb * MIB
-        return None if free_bytes is None else max(int(free_bytes * _GPU_POOL_SHARE), MIB)
+        return (
+            None
+            if free_bytes is None
+            else max(int(free_bytes * _GPU_POOL_SHARE), _LEAST_GPU_POOL_MIB * MIB)
+        )
 
     def model_threads(self, device: str, cores: int) -> tuple[int, int]:
         """Return how many calls run at the same time, and how many threads each of them has.
@@ -141,7 +146,7 @@ _FLAGS = frozenset(field.name for field in fields(OptimizationConfig) if field.t
 _RANGES: dict[str, tuple[type, float, float, bool]] = {
     "audio_buffer_pool_size": (Integral, 1, 65_536, False),
     "result_pool_size": (Integral, 1, 65_536, True),
-    "gpu_memory_pool_size_mb": (Integral, 1, _MOST_GPU_POOL_MIB, True),
+    "gpu_memory_pool_size_mb": (Integral, _LEAST_GPU_POOL_MIB, _MOST_GPU_POOL_MIB, True),
     "thread_pool_size": (Integral, 1, 64, True),
     "max_concurrent_utterances": (Integral, 1, 65_536, False),
     "max_queued_requests": (Integral, 1, 65_536, False),
@@ -208,7 +213,9 @@ def recommend(hardware: HardwareProfile) -> OptimizationConfig:
     gib = hardware.memory_bytes / (1 << 30)
     gpu_pool = None
     if hardware.gpu_bytes is not None:
-        gpu_pool = _clamp(hardware.gpu_bytes * _GPU_POOL_SHARE / MIB, 1, _MOST_GPU_POOL_MIB)
+        gpu_pool = _clamp(
+            hardware.gpu_bytes * _GPU_POOL_SHARE / MIB, _LEAST_GPU_POOL_MIB, _MOST_GPU_POOL_MIB
+        )
     return OptimizationConfig(
         audio_buffer_pool_size=buffers,
         result_pool_size=2 * buffers,

@@ -30,6 +30,8 @@ from .pools import AudioBufferPool, PoolLimits
 __all__ = ["FeatureHandover", "HandoverStatistics", "open_handover", "status", "why_off"]
 
 _VARIABLE = "SPEECHRNT_GPU_POOL"
+_CHUNK = 32 << 20
+_LEAST_CHUNK = 2 << 20  # which GPUs map at once
 _LIMIT = 256 << 20  # features of 170 windows of the largest models in float32
 _DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -170,20 +172,24 @@ def open_handover(
     compute_type
         What the model computes in, as `ctranslate2.models.Whisper.compute_type` tells.
     pool_bytes
-        Limit of a pool for this model alone; 0 for CTranslate2's way. None: the pool that all
-        share.
+        Limit of a pool for this model alone, at least what the GPU maps at once (2 MiB); 0 for
+        CTranslate2's way. None: the pool that all share.
 
     Raises
     ------
     OptionError
-        If the environment names an unknown mode.
+        If the environment names an unknown mode, or the limit is too small.
     GpuError
         If the driver refused.
     """
     if why_off() is not None or pool_bytes == 0:
         return None
     is_half = compute_type in ("float16", "int8_float16")
-    pool = None if pool_bytes is None else gpu.GpuMemoryPool(device, limit=pool_bytes)
+    pool = None
+    if pool_bytes is not None:
+        # A pool is of whole chunks.
+        chunk = min(_CHUNK, max(pool_bytes // _LEAST_CHUNK, 1) * _LEAST_CHUNK)
+        pool = gpu.GpuMemoryPool(device, limit=pool_bytes, chunk=chunk)
     return FeatureHandover(device, "float16" if is_half else "float32", pool)
 
 

@@ -39,7 +39,7 @@ from .errors import ModelError, OptionError, Overloaded, SpeechRNTError
 from .events import Event
 from .executor import Executor, InlineExecutor, SchedulerExecutor
 from .latency import STAGES, Histogram
-from .maintenance import Maintenance, maintain_on
+from .maintenance import Maintainable, Maintenance, maintain_on
 from .models import DEFAULT_MODEL, Model, load_model, resolve_device
 from .monitoring import MIB, EngineHealth, EngineStatistics, HealthFacts, as_json, judge, report
 from .oneshot import Request, Transcription
@@ -214,11 +214,15 @@ class PerformanceOptimizedSTT:
         self._streams = StreamRegistry(config.max_concurrent_utterances, self._dispatcher)
         self._maintenance: Maintenance | None = None
         if self._scheduler is not None:
-            self._maintenance = maintain_on(
-                self._scheduler,
-                [self._buffers, self._results, self._streams, inference_memory],
-                config.cleanup_interval_s,
-            )
+            maintained: list[Maintainable] = [
+                self._buffers,
+                self._results,
+                self._streams,
+                inference_memory,
+            ]
+            if self.model.handover is not None:
+                maintained.append(self.model.handover)
+            self._maintenance = maintain_on(self._scheduler, maintained, config.cleanup_interval_s)
         self._finalizer = weakref.finalize(
             self, _abandon, self._process, self._dispatcher, self._scheduler, self._maintenance
         )

@@ -224,6 +224,15 @@ def test_features_are_in_the_type_that_the_model_computes_in(double, compute_typ
     assert open_handover(0, compute_type).dtype == dtype
 
 
+@pytest.mark.parametrize("size", [2 * MIB, 5 * MIB, 33 * MIB])
+def test_a_small_pool_has_small_chunks(double, size):
+    pool = open_handover(0, "float16", size).pool
+    assert 0 <= size - pool.statistics().limit < 32 * MIB
+    assert pool.allocate(2 * MIB).address
+    with pytest.raises(errors.OptionError, match="limit must be from 2097152"):
+        open_handover(0, "float16", 2 * MIB - 1)
+
+
 def test_it_can_be_switched_off(double, monkeypatch):
     assert why_off() is None
     monkeypatch.setenv("SPEECHRNT_GPU_POOL", "off")
