@@ -20,7 +20,7 @@ from speechrnt._gpu_driver cimport (
 )
 from speechrnt._gpu_pool cimport (
     BasePool, OwnedBlock, gpu_pool_context, gpu_pool_judge, gpu_pool_state, order_streams,
-    stream_address, synchronize_stream,
+    stream_address,
 )
 from speechrnt._pools cimport SR_CLOSED, SR_OK
 
@@ -167,20 +167,7 @@ cdef class GpuMemoryHandle:
         cdef size_t size
         self.dtype = plain_dtype(dtype)
         size = self.dtype.itemsize
-        if type(shape) is not tuple:
-            try:
-                shape = (operator.index(shape),)
-            except TypeError:
-                try:
-                    shape = tuple(shape)
-                except TypeError:
-                    raise OptionError(
-                        f"shape must be an integer or a sequence of them, not {shape!r}"
-                    ) from None
-        try:
-            shape = tuple([operator.index(n) for n in shape])
-        except TypeError:
-            raise OptionError(f"shape must be of integers, not {shape!r}") from None
+        shape = whole_numbers(shape)
         if len(shape) > kMaxDimensions:
             raise OptionError(f"shape must have at most {kMaxDimensions} dimensions, not {shape}")
         for n in shape:
@@ -227,7 +214,7 @@ cdef class GpuMemoryHandle:
 
         Parameters
         ----------
-        *shape : int, or one tuple of int
+        *shape : int, or one sequence of int
             Of as many items; one of them may be -1 and is then what remains.
 
         Returns
@@ -241,10 +228,9 @@ cdef class GpuMemoryHandle:
         HandleError
             The handle has ended.
         """
-        if len(shape) == 1 and isinstance(shape[0], tuple):
-            shape = shape[0]
+        shape = whole_numbers(shape[0] if len(shape) == 1 else shape)
         items = self.nbytes // self.dtype.itemsize
-        if list(shape).count(-1) == 1:
+        if shape.count(-1) == 1:
             known = -math.prod(shape)
             if known > 0 and items % known == 0:
                 shape = tuple([items // known if n == -1 else n for n in shape])
@@ -287,6 +273,7 @@ cdef class GpuMemoryHandle:
                 f"{handle.dtype}: they differ in size"
             )
         handle.owned = owned
+        owned.shared = True
         return handle
 
     def copy_from(self, source, *, stream=None):
@@ -317,16 +304,12 @@ cdef class GpuMemoryHandle:
         if isinstance(source, GpuMemoryHandle):
             other = (<GpuMemoryHandle> source).living()
             self.check_size((<GpuMemoryHandle> source).nbytes, "source")
-            if other.stream is not None:
-                self.wait_for(other)
-            self.copy(owned.address, NULL, other.address, NULL, stream, source)
-            if stream is not None:
-                other.stream = stream
+            self.copy(owned.address, NULL, other.address, NULL, stream, other, None)
             return
         get_buffer(source, &buffer, PyBUF_C_CONTIGUOUS, "source")
         try:
             self.check_size(buffer.len, "source")
-            self.copy(owned.address, NULL, 0, buffer.buf, stream, memoryview(source))
+            self.copy(owned.address, NULL, 0, buffer.buf, stream, None, memoryview(source))
         finally:
             PyBuffer_Release(&buffer)
 
@@ -362,7 +345,7 @@ cdef class GpuMemoryHandle:
         get_buffer(target, &buffer, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, "target")
         try:
             self.check_size(buffer.len, "target")
-            self.copy(0, buffer.buf, owned.address, NULL, stream, memoryview(target))
+            self.copy(0, buffer.buf, owned.address, NULL, stream, None, memoryview(target))
         finally:
             PyBuffer_Release(&buffer)
         return target
@@ -372,22 +355,14 @@ cdef class GpuMemoryHandle:
             raise OptionError(f"{name} must have {self.nbytes} bytes, not {size}")
         return 0
 
-    cdef int wait_for(self, OwnedBlock other) except -1:
-        """Let the work of a block's stream be done."""
-        try:
-            stream = stream_address(other.stream)
-        except HandleError:
-            other.stream = None
-            return 0
-        other.pool.check(synchronize_stream(other.pool, stream), 0)
-        other.stream = None
-        return 0
-
     cdef int copy(
         self, uint64_t to, void *to_host, uint64_t source, const void *source_host, object stream,
-        object partner,
+        OwnedBlock other, object partner,
     ) except -1:
-        """Copy between two addresses, one of them this block's; those that are not used are 0."""
+        """Copy between two addresses, one of them this block's; those that are not used are 0.
+
+        What belongs to the other address is a block or memory of the host: one is None.
+        """
         cdef OwnedBlock owned = self.owned
         cdef BasePool pool = owned.pool
         cdef const sr_gpu_driver *driver = gpu_driver()
@@ -395,17 +370,13 @@ cdef class GpuMemoryHandle:
         cdef size_t size = self.nbytes
         cdef bint wait = stream is None
         cdef void *c_stream = pool.copy_stream() if wait else stream_address(stream)
-        cdef void *earlier
         cdef int code
         cdef int status = gpu_pool_state(pool.pool)
         if status not in (SR_OK, SR_CLOSED):
             pool.check(status, size)
-        if owned.stream is not None and owned.stream is not stream:
-            try:
-                earlier = stream_address(owned.stream)
-                pool.check(order_streams(pool, earlier, c_stream), 0)
-            except HandleError:
-                pass  # it was closed, after its work was done
+        go_on_after(owned, c_stream)
+        if other is not None:
+            go_on_after(other, c_stream)
         with nogil:
             code = driver.push_context(context)
             if code == 0:
@@ -419,8 +390,10 @@ cdef class GpuMemoryHandle:
                     code = driver.stream_synchronize(c_stream)
                 driver.pop_context()
         pool.check(gpu_pool_judge(pool.pool, code, "copy"), size)
-        owned.stream = stream
+        owned.use_on(stream, c_stream)
         owned.partner = None if wait else partner
+        if other is not None:
+            other.use_on(stream, c_stream)
         return 0
 
     @property
@@ -433,9 +406,10 @@ cdef class GpuMemoryHandle:
             The handle has ended.
         """
         cdef OwnedBlock owned = self.living()
+        cdef void *c_stream
         stream = None
-        if owned.stream is not None:
-            stream = <uintptr_t> stream_address(owned.stream) or LEGACY_STREAM
+        if owned.is_used_on(&c_stream):
+            stream = <uintptr_t> c_stream or LEGACY_STREAM
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -470,6 +444,8 @@ cdef class GpuMemoryHandle:
         ------
         BufferError
             A copy, or another device, is asked for.
+        OptionError
+            `stream` is no stream, or `max_version` no version.
         HandleError
             The handle has ended.
         GpuError
@@ -477,23 +453,27 @@ cdef class GpuMemoryHandle:
         """
         cdef OwnedBlock owned = self.living()
         cdef int64_t[8] shape
-        cdef void *producer
+        cdef void *consumer
         if copy:
             raise BufferError("a block of GPU memory is shared, not copied")
-        if dl_device is not None and tuple(dl_device) != self.__dlpack_device__():
+        if dl_device is not None and dl_device != self.__dlpack_device__():
             raise BufferError(f"the block is on device {self.__dlpack_device__()}, not {dl_device}")
-        if owned.stream is not None and stream != -1:
-            producer = stream_address(owned.stream)
-            consumer = LEGACY_STREAM if stream is None else stream
-            if <uintptr_t> producer != consumer:
-                status = order_streams(owned.pool, producer, stream_address(consumer))
-                owned.pool.check(status, 0)
+        if stream != -1:
+            consumer = stream_address(LEGACY_STREAM if stream is None else stream)
+            go_on_after(owned, consumer)
+        try:
+            major, _ = (0, 0) if max_version is None else max_version
+            versioned = operator.index(major) >= 1
+        except (TypeError, ValueError):
+            raise OptionError(
+                f"max_version must be a tuple of two integers, not {max_version!r}"
+            ) from None
         for i, n in enumerate(self.shape):
             shape[i] = n
         return dlpack_capsule(
             <PyObject *> owned, <void *> <uintptr_t> owned.address, owned.pool.device,
             DLPACK_CODES[self.dtype.kind], 8 * self.dtype.itemsize, len(self.shape), shape,
-            max_version is not None and max_version[0] >= 1,
+            versioned,
         )
 
     def free(self):
@@ -508,12 +488,13 @@ cdef class GpuMemoryHandle:
         if owned is None:
             raise HandleError("the block was freed already")
         if Py_REFCNT(<PyObject *> owned) == 1:  # no other handle
-            owned.stream = None
+            owned.use_on(None, NULL)
 
     def free_on(self, stream):
         """End the handle; what was given to `stream` so far may still use the block.
 
-        Any thread may.
+        Where several handles of a block end on different streams, each stream waits for the one
+        before. Any thread may call this.
 
         Parameters
         ----------
@@ -527,13 +508,16 @@ cdef class GpuMemoryHandle:
             `stream` is no stream.
         HandleError
             The handle or the stream has ended.
+        GpuError
+            The driver refused to have a stream wait; the handle has not ended.
         """
-        cdef OwnedBlock owned
-        stream_address(stream)
-        owned = self.detach()
-        if owned is None:
+        cdef OwnedBlock owned = self.living()
+        cdef void *c_stream = stream_address(stream)
+        if owned.shared and gpu_pool_state(owned.pool.pool) in (SR_OK, SR_CLOSED):
+            go_on_after(owned, c_stream)
+        if self.detach() is None:
             raise HandleError("the block was freed already")
-        owned.stream = stream
+        owned.use_on(stream, c_stream)
 
     cdef OwnedBlock detach(self):
         cdef OwnedBlock owned
@@ -556,6 +540,29 @@ cdef class GpuMemoryHandle:
         return f"<GpuMemoryHandle {self.shape} {self.dtype} {state}>"
 
 
+cdef int go_on_after(OwnedBlock owned, void *stream) except -1:
+    """Have a stream wait for what another may still do with a block."""
+    cdef void *earlier
+    if owned.is_used_on(&earlier) and earlier != stream:
+        owned.pool.check(order_streams(owned.pool, earlier, stream), 0)
+    return 0
+
+
+cdef tuple whole_numbers(object shape):
+    """What users give for a shape, as a tuple of int."""
+    if type(shape) is not tuple:
+        try:
+            return (operator.index(shape),)
+        except TypeError:
+            pass
+    try:
+        return tuple([operator.index(n) for n in shape])
+    except TypeError:
+        raise OptionError(
+            f"shape must be an integer or a sequence of them, not {shape!r}"
+        ) from None
+
+
 cdef dict plain_dtypes = {}  # by what users write
 
 
@@ -566,10 +573,12 @@ cdef object plain_dtype(object dtype):
         known = None
     if known is not None:
         return known
-    try:
-        wanted = np.dtype(dtype)
-    except TypeError:
-        wanted = None
+    wanted = None
+    if dtype is not None:  # which numpy takes for float64
+        try:
+            wanted = np.dtype(dtype)
+        except (TypeError, ValueError, SyntaxError):
+            pass
     if wanted is None or wanted.kind not in DLPACK_CODES or not wanted.isnative:
         raise OptionError(f"dtype must be one of numpy's plain numbers, not {dtype!r}")
     if isinstance(dtype, (str, type, np.dtype)):

@@ -37,6 +37,9 @@ cdef const sr_gpu_driver *gpu_driver() noexcept nogil
 # Load and initialise the driver; GpuUnavailable if that cannot be done.
 cdef int start_driver() except -1
 
+# The number of a device that exists; OptionError for others. Starts the driver.
+cdef int device_number(object device) except -1
+
 # "CUDA_ERROR_OUT_OF_MEMORY (2)"
 cdef str error_text(int code)
 

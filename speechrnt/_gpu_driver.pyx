@@ -7,6 +7,8 @@ from cuda.bindings cimport cydriver
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
+import operator
+
 from speechrnt.errors import GpuError, GpuUnavailable, OptionError
 
 __all__ = ["device_count", "device_memory", "device_name"]
@@ -247,14 +249,18 @@ def device_count():
     return count
 
 
-cdef int check_device(int device) except -1:
+cdef int device_number(object device) except -1:
     count = device_count()
-    if not 0 <= device < count:
+    try:
+        number = operator.index(device)
+    except TypeError:
+        raise OptionError(f"device must be the number of a GPU, not {device!r}") from None
+    if not 0 <= number < count:
         raise OptionError(f"device must be from 0 to {count - 1}, not {device}")
-    return 0
+    return number
 
 
-def device_name(int device):
+def device_name(device):
     """Return the name of a GPU.
 
     Raises
@@ -265,12 +271,12 @@ def device_name(int device):
         There is no driver that works.
     """
     cdef char[256] name
-    check_device(device)
-    check(cydriver.cuDeviceGetName(name, sizeof(name), device), "naming the GPU")
+    cdef int number = device_number(device)
+    check(cydriver.cuDeviceGetName(name, sizeof(name), number), "naming the GPU")
     return name.decode()
 
 
-def device_memory(int device):
+def device_memory(device):
     """Return the free and the total memory of a GPU, in bytes.
 
     Raises
@@ -284,12 +290,12 @@ def device_memory(int device):
     cdef size_t total_bytes = 0
     cdef void *context = NULL
     cdef int code
-    check_device(device)
-    check(retain_context(device, &context), "using the GPU")
+    cdef int number = device_number(device)
+    check(retain_context(number, &context), "using the GPU")
     code = push_context(context)
     if code == 0:
         code = cydriver.cuMemGetInfo(&free_bytes, &total_bytes)
         pop_context()
-    release_context(device)
+    release_context(number)
     check(code, "asking for the GPU's memory")
     return free_bytes, total_bytes

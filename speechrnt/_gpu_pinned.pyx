@@ -7,9 +7,10 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.string cimport memset
 from speechrnt._audio_pool cimport sr_memory
-from speechrnt._gpu_driver cimport error_text, gpu_driver, pinned_alloc, pinned_free
+from speechrnt._gpu_driver cimport (
+    device_number, error_text, gpu_driver, pinned_alloc, pinned_free,
+)
 
-from speechrnt._gpu_driver import device_memory
 from speechrnt.errors import GpuError
 
 __all__ = ["pinned_memory"]
@@ -47,7 +48,7 @@ cdef void forget(object capsule) noexcept:
     PyMem_Free(source)
 
 
-def pinned_memory(int device=0):
+def pinned_memory(device=0):
     """Return what makes an `AudioBufferPool` keep its buffers in page-locked memory.
 
     The system cannot swap such memory or use it otherwise: bound the pool, and keep what it needs
@@ -79,22 +80,22 @@ def pinned_memory(int device=0):
     """
     cdef Source *source
     cdef int code
-    device_memory(device)
+    cdef int number = device_number(device)
     source = <Source *> PyMem_Malloc(sizeof(Source))
     if source == NULL:
         raise MemoryError
     memset(source, 0, sizeof(Source))
-    code = gpu_driver().retain_context(device, &source.context)
+    code = gpu_driver().retain_context(number, &source.context)
     if code != 0:
         PyMem_Free(source)
-        raise GpuError(f"GPU {device} cannot be used: {error_text(code)}")
-    source.device = device
+        raise GpuError(f"GPU {number} cannot be used: {error_text(code)}")
+    source.device = number
     source.memory.alloc = source_alloc
     source.memory.free = source_free
     source.memory.ctx = source
     try:
         return PyCapsule_New(source, NAME, forget)
     except MemoryError:
-        gpu_driver().release_context(device)
+        gpu_driver().release_context(number)
         PyMem_Free(source)
         raise

@@ -132,8 +132,12 @@ cdef class OwnedBlock:
     cdef uint64_t handle  # 0 once it went back
     cdef uint64_t address
     cdef object stream    # that may still have work for the block; None if none has
+    cdef void *c_stream   # its address, as the object may not always tell it
+    cdef bint shared      # by several handles
     cdef object partner   # memory of the host that such work copies from or to
 
+    cdef void use_on(self, object stream, void *c_stream) noexcept
+    cdef bint is_used_on(self, void **stream) noexcept
     cdef int give_back(self) noexcept
 
 

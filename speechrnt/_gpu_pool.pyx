@@ -7,7 +7,8 @@ declarations.
 cimport cython
 from libc.stdint cimport uint64_t, uintptr_t
 from speechrnt._gpu_driver cimport (
-    error_text, gpu_driver, sr_gpu_driver, stream_create, stream_destroy, stream_query, stream_wait,
+    device_number, error_text, gpu_driver, sr_gpu_driver, stream_create, stream_destroy,
+    stream_query, stream_wait,
 )
 from speechrnt._pools cimport (
     SR_CLOSED, SR_EXHAUSTED, SR_INVALID, SR_NO_MEMORY, SR_OK, raise_status,
@@ -124,11 +125,12 @@ cdef void *stream_address(object stream) except? NULL:
     if isinstance(stream, GpuStream):
         return (<GpuStream> stream).living()
     protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        _, stream = protocol()
     try:
-        return <void *> <uintptr_t> operator.index(stream)
-    except TypeError:
+        address = stream
+        if protocol is not None:
+            _, address = protocol()
+        return <void *> <uintptr_t> operator.index(address)
+    except (TypeError, ValueError, OverflowError):
         raise OptionError(
             "stream must be a GpuStream, the address of a CUstream, or an object with "
             f"__cuda_stream__, not {stream!r}"
@@ -154,24 +156,20 @@ cdef class BasePool:
     ):
         cdef sr_gpu_options options
         cdef int status
-        try:
-            self.device = operator.index(device)
-        except (TypeError, OverflowError):
-            raise OptionError(f"device must be the number of a GPU, not {device!r}") from None
-        _, total = device_memory(self.device)
+        self.device = device_number(device)
         if backing not in BACKINGS:
             raise OptionError(f"backing must be one of {', '.join(BACKINGS)}, not {backing!r}")
         options.device = self.device
         options.backing = BACKINGS.index(backing)
         options.alignment = size_option("alignment", alignment, 256)
-        if alignment & (alignment - 1) or alignment > 2**21:
+        if options.alignment & (options.alignment - 1) or options.alignment > 2**21:
             raise OptionError(
                 f"alignment must be a power of two from 256 to {2**21} bytes, not {alignment}"
             )
-        options.chunk = size_option("chunk", chunk, alignment)
-        options.limit = size_option("limit", total if limit is None else limit, chunk)
+        options.chunk = size_option("chunk", chunk, options.alignment)
+        options.limit = 0 if limit is None else size_option("limit", limit, options.chunk)
         options.initial = size_option("initial", initial, 0)
-        if initial > options.limit:
+        if limit is not None and options.initial > options.limit:
             raise OptionError(
                 f"initial must be at most the limit, {options.limit} bytes, not {initial}"
             )
@@ -183,7 +181,8 @@ cdef class BasePool:
             status = gpu_pool_new(options, gpu_driver()[0], &self.pool)
         if status == SR_INVALID:
             raise OptionError(
-                f"limit must have room for a chunk, and for initial in whole chunks, but is {limit}"
+                "limit must have room for a chunk, and for initial in whole chunks, but is "
+                + ("all memory of the GPU" if limit is None else f"{limit} bytes")
             )
         self.check(status, options.initial)
 
@@ -282,7 +281,7 @@ cdef class BasePool:
         owned.pool = self
         owned.handle = block.handle
         owned.address = block.address
-        owned.stream = stream
+        owned.use_on(stream, c_stream)
         return owned
 
     def stream(self):
@@ -432,8 +431,10 @@ cdef class BasePool:
             This is a forked child.
         """
         cdef sr_gpu_statistics now
-        if gpu_statistics(self.pool, &now) != SR_OK:
-            raise GpuError(FORKED)
+        cdef int status
+        with nogil:
+            status = gpu_statistics(self.pool, &now)
+        self.check(status, 0)
         return GpuMemoryStatistics.of(now, now.by_size)
 
     def health(self):
@@ -539,11 +540,16 @@ cdef class GpuStream:
             self.stream = NULL
         if stream != NULL:
             with nogil:
-                gpu_flush(self.pool.pool, stream)
+                # Twice: nobody can do it later.
+                if gpu_flush(self.pool.pool, stream) != SR_OK:
+                    gpu_flush(self.pool.pool, stream)
             self.pool.destroy_stream(stream)
 
     def close(self):
-        """Wait for the stream's work and destroy it. Closing twice is harmless."""
+        """Wait for the stream's work and destroy it. Closing twice is harmless.
+
+        No other thread may be giving it work, or be ending a block that was used on it.
+        """
         self.end()
 
     def __enter__(self):
@@ -599,25 +605,32 @@ cdef int order_streams(BasePool pool, void *first, void *then) noexcept:
 cdef class OwnedBlock:
     """A block of the pool, which goes back when the last handle of it has ended."""
 
+    cdef void use_on(self, object stream, void *c_stream) noexcept:
+        """Note which stream has been given work for the block; None if all work is done."""
+        self.stream = stream
+        self.c_stream = c_stream
+
+    cdef bint is_used_on(self, void **stream) noexcept:
+        """Whether a stream may still have work for the block, and which one."""
+        if isinstance(self.stream, GpuStream) and (<GpuStream> self.stream).stream == NULL:
+            self.stream = None  # it was closed, after its work was done
+        stream[0] = self.c_stream
+        return self.stream is not None
+
     cdef int give_back(self) noexcept:
         cdef sr_gpu_pool *pool = self.pool.pool
         cdef uint64_t handle = self.handle
-        cdef void *stream = NULL
+        cdef void *stream
         cdef int status
         self.handle = 0
-        if self.stream is not None:
-            try:
-                stream = stream_address(self.stream)
-            except HandleError:
-                self.stream = None  # it was closed, after its work was done
-        if self.stream is None:
+        if self.is_used_on(&stream):
+            with nogil:
+                status = gpu_free_on(pool, handle, stream)
+        else:
             status = gpu_try_free(pool, handle)
             if status == kRetry:
                 with nogil:
                     status = gpu_free(pool, handle)
-        else:
-            with nogil:
-                status = gpu_free_on(pool, handle, stream)
         return status
 
     def __dealloc__(self):

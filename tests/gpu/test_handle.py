@@ -118,7 +118,10 @@ def test_views_share_the_block_until_the_last_has_ended(pool):
     assert pool.statistics().live == 0
 
 
-@pytest.mark.parametrize("shape", [(5,), (-1, -1), (-1, 7), (0, -1), (24, 0), ("a",), (-2, -12)])
+@pytest.mark.parametrize(
+    "shape",
+    [(5,), (-1, -1), (-1, 7), (0, -1), (24, 0), ("a",), (-2, -12), ("a", -1), (-1, 2.5), (None,)],
+)
 def test_shapes_that_do_not_fit_are_refused(pool, shape):
     block = pool.allocate((4, 6))
     with pytest.raises(OptionError):
@@ -225,6 +228,28 @@ def test_one_event_serves_many_frees(double, pool):
     assert pool.statistics().pending == 0
 
 
+class Odd:
+    def __cuda_stream__(self):
+        return None
+
+
+@pytest.mark.parametrize("stream", [-1, 2**70, 2.5, "x", Odd()])
+def test_what_is_no_stream_is_refused(pool, stream):
+    block = pool.allocate(100)
+    takes = [pool.allocate(1).free_on, pool.flush, lambda stream: block.__dlpack__(stream=stream)]
+    if stream == -1:  # which DLPack takes for no stream
+        takes.pop()
+    for take in [*takes, lambda stream: block.copy_to(stream=stream)]:
+        with pytest.raises(OptionError, match="stream must be"):
+            take(stream)
+
+
+@pytest.mark.parametrize("dtype", [None, "f4,,", {"names": ["a"]}, object, ">f4", "M8[s]"])
+def test_what_is_no_plain_number_is_refused(pool, dtype):
+    with pytest.raises(OptionError, match="dtype must be"):
+        pool.allocate(4, dtype)
+
+
 def test_a_handle_that_just_ends_waits_for_its_stream(double, pool, pinned):
     stream = pool.stream()
     buffer = pinned.acquire(1000)
@@ -261,6 +286,80 @@ def test_frees_on_a_stream_that_is_closed_are_not_lost(double, pool):
     del late
     assert pool.statistics().live == 0
     assert pool.statistics().pending == 0
+
+
+def test_what_a_flushed_stream_still_uses_is_not_lent_to_another_with_its_address(double):
+    pool = GpuMemoryPool(limit=4 * MIB, chunk=2 * MIB)
+    stream = pool.stream()
+    address = stream.__index__()
+    with double.held(stream):
+        for _ in range(2):  # the second time, there is an event already
+            pool.allocate(2 * MIB).free_on(address)
+            pool.flush(address)
+        assert pool.statistics().pending == 4 * MIB
+        waits = double.calls("cuEventSynchronize")
+        pool.allocate(2 * MIB, stream=address)
+        assert double.calls("cuEventSynchronize") > waits
+
+
+def test_handles_that_end_on_different_streams_are_waited_for_together(double, pool):
+    first, second = pool.stream(), pool.stream()
+    block = pool.allocate(2 * MIB)
+    view = block.reshape(2, MIB)
+    with double.held(first):
+        block.free_on(first)
+        since = double.calls()
+        view.free_on(second)
+        assert "cuStreamWaitEvent" in double.log(since)
+    pool.maintain()
+    assert pool.statistics().pending == 0
+
+
+class Foreign:
+    """A stream of another library, which cannot tell its address any more once it is closed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __cuda_stream__(self):
+        if self.stream is None:
+            raise RuntimeError("closed")
+        return 0, self.stream.__index__()
+
+
+def test_a_stream_that_can_no_longer_tell_its_address_loses_no_block(pool):
+    stream = pool.stream()
+    foreign = Foreign(stream)
+    block = pool.allocate(1000)
+    view = block.reshape(10, 100)
+    block.free_on(foreign)
+    foreign.stream = None
+    assert view.__cuda_array_interface__["stream"] == stream.__index__()
+    del view
+    assert pool.statistics().live == 0
+    pool.close()
+    assert pool.statistics().reserved == 0
+
+
+def test_a_block_outlives_the_stream_that_it_was_used_on(pool):
+    stream = pool.stream()
+    block = pool.allocate(1000, stream=stream)
+    stream.close()
+    assert block.__cuda_array_interface__["stream"] is None
+    del block
+    assert pool.statistics().free == pool.statistics().reserved
+
+
+def test_blocks_copied_to_each_other_on_a_stream_are_collected(double, pool):
+    stream = pool.stream()
+    one, other = pool.allocate(1000), pool.allocate(1000)
+    one.copy_from(bytes(1000), stream=stream)
+    waits = double.calls("cuStreamSynchronize")
+    other.copy_from(one, stream=stream)
+    one.copy_from(other, stream=stream)
+    assert double.calls("cuStreamSynchronize") == waits
+    del one, other
+    assert pool.statistics().live == 0
 
 
 def test_streams_and_blocks_in_a_cycle_are_collected(double):
@@ -436,6 +535,9 @@ def test_dlpack_neither_copies_nor_moves(pool):
     with pytest.raises(BufferError, match="on device"):
         block.__dlpack__(dl_device=(1, 0))
     block.__dlpack__(dl_device=(2, 0), copy=False)
+    for version in (1, (), ("a", 0)):
+        with pytest.raises(OptionError, match="max_version"):
+            block.__dlpack__(max_version=version)
 
 
 # Page-locked memory

@@ -22,7 +22,7 @@ from speechrnt.errors import (
     OptionError,
     PoolClosedError,
 )
-from speechrnt.gpu import GpuMemoryPool, device_count, device_memory, device_name
+from speechrnt.gpu import GpuMemoryPool, device_count, device_memory, device_name, pinned_memory
 from speechrnt.maintenance import maintain_on
 
 MIB = 2**20
@@ -59,6 +59,10 @@ def test_devices_can_be_asked_for():
     assert 0 < available <= total
     with pytest.raises(OptionError, match="device must be from 0 to"):
         device_memory(device_count())
+    for ask in (device_memory, device_name, pinned_memory, GpuMemoryPool):
+        for device, text in ((2**40, "from 0 to"), (-1, "from 0 to"), (None, "number of a GPU")):
+            with pytest.raises(OptionError, match=text):
+                ask(device)
 
 
 # Lending
