@@ -23,7 +23,7 @@ _WORTH_WHILE = 0.95
 _HOPELESS = 1.15
 _REPEATS = 2
 
-# No further size is tried for a context after this.
+# After this, a call is made once only, and no larger one if it brought nothing.
 _BUDGET_S = 0.25
 
 
@@ -138,14 +138,19 @@ def _growing(
 ) -> dict[int, float]:
     """Time sizes 1, 2, 4, ... for as long as there is hope that an item gets cheaper."""
     costs: dict[int, float] = {}
+    call(1)  # which pays for what the other calls find ready
     started = clock()
     size = 1
     while True:
-        call(size)
-        # The least, as everything that disturbs makes a call longer.
-        costs[size] = min(_time(call, size, clock) for _ in range(_REPEATS)) / size
+        seconds = _time(call, size, clock)
+        for _ in range(_REPEATS - 1):
+            if clock() - started < _BUDGET_S:
+                # The least, as everything that disturbs makes a call longer.
+                seconds = min(seconds, _time(call, size, clock))
+        costs[size] = seconds / size
         hopeless = costs[size] > min(costs.values()) * _HOPELESS
-        if size == largest or hopeless or clock() - started > _BUDGET_S:
+        over = clock() - started >= _BUDGET_S and size > 1 and _best(costs) != size
+        if size == largest or hopeless or over:
             return costs
         size = min(2 * size, largest)
 

@@ -341,7 +341,10 @@ class Dispatcher:
             )
 
         def prepare(size: int) -> None:
-            if size not in encodings:
+            if size not in encodings and self._joins_encodings:
+                several = np.repeat(np.asarray(encodings[1]), size, axis=0)
+                encodings[size] = ctranslate2.StorageView.from_array(several)
+            elif size not in encodings:
                 encode(size)
             decode(size)
 

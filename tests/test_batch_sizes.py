@@ -87,10 +87,15 @@ def test_trying_ends_when_there_is_no_hope(clock):
     assert max(tried) == 2
 
 
-def test_trying_ends_when_it_takes_too_long(clock):
-    call, tried = clock.costing(lambda n: 0.2)
+def test_trying_ends_when_it_takes_long_and_brings_nothing(clock):
+    call, tried = clock.costing(lambda n: 0.3 * n)
     BatchSizes(256, lambda frames: 1000, "cpu").measure(300, call, call)
-    assert max(tried) == 1
+    assert tried == 2 * [1, 1, 2]
+
+
+def test_trying_goes_on_as_long_as_it_brings_much_however_long_it_takes(clock):
+    # A large model: a call costs 0.3 s more than its windows.
+    assert sizes_for(lambda n: 0.6 * n, lambda n: 0.3 + 0.02 * n, clock, largest=8) == (1, 8)
 
 
 def test_on_a_cpu_what_passes_while_others_compute_is_no_cost(wall):
