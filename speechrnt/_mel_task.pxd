@@ -10,7 +10,8 @@ cdef struct Work:
     task_t task
     const float *pcm
     Py_ssize_t n_samples
-    Py_ssize_t n_frames
+    Py_ssize_t first
+    Py_ssize_t n_frames  # with those before the first
     int n_mels
     MelRows rows
     float maximum
@@ -23,5 +24,5 @@ cdef class MelTask:
     cdef object done
     cdef const float[::1] pcm
     cdef float[:, ::1] out
-    cdef int prepare(self, const float[::1] pcm, float[:, ::1] out) except -1
+    cdef int prepare(self, const float[::1] pcm, float[:, ::1] out, Py_ssize_t first) except -1
     cdef int forget(self) except -1

@@ -21,8 +21,8 @@ cdef int run(void *arg) noexcept nogil:
     cdef Work *work = <Work *> arg
     cdef int64_t started = now_ns()
     mel_frames(
-        work.pcm, work.n_samples, 0, work.n_frames, work.n_mels, MEL_LOG10, &work.rows,
-        &work.maximum,
+        work.pcm, work.n_samples, work.first, work.n_frames - work.first, work.n_mels, MEL_LOG10,
+        &work.rows, &work.maximum,
     )
     work.elapsed_ns = now_ns() - started
     return 0
@@ -46,7 +46,7 @@ cdef void finish(void *arg, int status) noexcept with gil:
 cdef class MelTask:
     """Arguments of a call, kept until it is done."""
 
-    cdef int prepare(self, const float[::1] pcm, float[:, ::1] out) except -1:
+    cdef int prepare(self, const float[::1] pcm, float[:, ::1] out, Py_ssize_t first) except -1:
         cdef Work *work = &self.work
         if out.shape[0] != 80 and out.shape[0] != 128:
             raise ValueError(f"out must have 80 or 128 rows, not {out.shape[0]}")
@@ -55,13 +55,16 @@ cdef class MelTask:
                 f"{pcm.shape[0]} samples have {mel_frame_count(pcm.shape[0])} frames, of which "
                 f"out asks for {out.shape[1]}"
             )
+        if not 0 <= first < out.shape[1]:
+            raise ValueError(f"first must be one of the {out.shape[1]} frames, not {first}")
         self.pcm = pcm
         self.out = out
         work.pcm = &pcm[0]
         work.n_samples = pcm.shape[0]
+        work.first = first
         work.n_frames = out.shape[1]
         work.n_mels = <int> out.shape[0]
-        work.rows.data = &out[0, 0]
+        work.rows.data = &out[0, first]
         work.rows.stride = out.strides[0]
         work.rows.layout = MEL_FLOAT32
         work.maximum = -INFINITY
@@ -74,7 +77,7 @@ cdef class MelTask:
         return 0
 
 
-def compute(const float[::1] pcm not None, float[:, ::1] out not None):
+def compute(const float[::1] pcm not None, float[:, ::1] out not None, Py_ssize_t first=0):
     """Compute the first frames of a signal; see `_mel.log10_mel`.
 
     Parameters
@@ -83,19 +86,21 @@ def compute(const float[::1] pcm not None, float[:, ::1] out not None):
         16 kHz mono.
     out : (n_mels, frames) buffer of float32
         Where to put ``log10`` of the mel power; `frames` at most as many as the signal has.
+    first : int
+        The first frame to compute; what stands in `out` before it is left alone.
 
     Returns
     -------
     float
-        The largest value.
+        The largest value of those computed.
 
     Raises
     ------
     ValueError
-        The shape of `out` is none that this can be.
+        The shape of `out` is none that this can be, or `first` is not in it.
     """
     cdef MelTask task = MelTask.__new__(MelTask)
-    task.prepare(pcm, out)
+    task.prepare(pcm, out, first)
     with nogil:
         run(&task.work)
     return task.work.maximum
@@ -126,7 +131,7 @@ def spawn(scheduler, int priority, const float[::1] pcm not None, float[:, ::1] 
     cdef sched_t *sched = sched_of(scheduler)
     cdef MelTask task = MelTask.__new__(MelTask)
     cdef SchedResult result
-    task.prepare(pcm, out)
+    task.prepare(pcm, out, 0)
     task.done = done
     task.work.owner = <PyObject *> task
     task.work.task.fn = run

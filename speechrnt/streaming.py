@@ -43,6 +43,7 @@ from .events import (
     SpeechStarted,
 )
 from .features import HOP_LENGTH
+from .growing_mel import GrowingLogMel
 from .oneshot import Transcription, transcription_of
 from .pcm import AudioChunk, PcmReader
 from .plan import Plan
@@ -156,6 +157,7 @@ class Stream:
 
         # The strand's own, from here on.
         self._samples = SampleBuffer(pipeline.buffers)
+        self._mel = GrowingLogMel(pipeline.model.n_mels, pipeline.buffers)  # of the open window
         self._cutter = Cutter(plan.segmentation, plan.options.vad)
         self._utterance = Utterance(
             pipeline,
@@ -542,6 +544,7 @@ class Stream:
         whole -= whole % FRAME_SAMPLES
         if whole:
             self._follow(cutter.push(self._samples.view(cutter.position, cutter.position + whole)))
+            self._grow_mel()
             needed_from = cutter.segmenter.needed_from
             self._samples.discard(needed_from)
             with self._lock:
@@ -550,6 +553,20 @@ class Stream:
                 self._utterance.forget_guess()
                 self._preview()
         self._tell_of_room()
+
+    def _grow_mel(self) -> None:
+        """Compute what has become complete of the open window's features."""
+        start, position = self._cutter.segmenter.window_start, self._cutter.position
+        if start is None:
+            self._mel.release()
+            return
+        if start != self._mel.start or self._mel.frames is None:
+            self._mel.begin(start)
+        self._mel.push(self._samples.view(self._mel.end, position))
+
+    def _frames_from(self, start: int) -> NDArray[np.float32] | None:
+        """Return the features that are known of a window that begins here."""
+        return self._mel.frames if self._mel.start == start else None
 
     def _tell_of_room(self) -> None:
         with self._lock:
@@ -572,7 +589,8 @@ class Stream:
                 self._emit(SpeechEnded, end_s=cut.sample / SAMPLE_RATE)
             elif isinstance(cut, Pause):
                 window = cut.cut
-                self._utterance.speculate(window, self._samples.view(window.start, window.end))
+                samples = self._samples.view(window.start, window.end)
+                self._utterance.speculate(window, samples, self._frames_from(window.start))
             else:
                 self._add_window(cut)
 
@@ -585,7 +603,8 @@ class Stream:
         self._agreement = LocalAgreement()
         self._partial_at = cut.end
         self._forget_partial()
-        self._utterance.add(cut, self._samples.view(cut.start, cut.end), in_place=True)
+        samples = self._samples.view(cut.start, cut.end)
+        self._utterance.add(cut, samples, True, self._frames_from(cut.start))
 
     def _arrival_of(self, sample: int) -> float | None:
         with self._lock:
@@ -601,6 +620,7 @@ class Stream:
         self._follow(self._cutter.flush(self._samples.view(position, self._samples.end)))
         self._is_flushing = False
         self._samples.discard(self._samples.end)
+        self._mel.release()
         if is_end:
             self._utterance.finish()
         elif len(self._pending) > n_pending:
@@ -640,6 +660,7 @@ class Stream:
                 failed=lambda error: self._post(partial(self._lose_preview, start, error)),
                 priority=Priority(min(self._priority + 1, Priority.LOW)),
                 deadline=time.monotonic() + _PARTIAL_DEADLINE_S,
+                frames=self._frames_from(start),
             )
         except SpeechRNTError as error:
             logger.debug("no partial: %s", error)
@@ -770,6 +791,7 @@ class Stream:
             future = self._future
         self._forget_partial()
         self._samples.release()
+        self._mel.release()
         self._pending.clear()
         self._processed = self._received
         self._tell_of_room()

@@ -25,6 +25,7 @@ from .batching import Dispatcher, Executor, Job, JobResult
 from .decoding import DecodingResult, length_limit, parse_result
 from .errors import SchedulerClosed, SpeechRNTError
 from .features import HOP_LENGTH
+from .growing_mel import complete
 from .languages import UNSPACED
 from .latency import StageTimings
 from .models import Model
@@ -270,10 +271,17 @@ class Utterance:
                 self._language = _Language(plan.language)
             self._plan = plan
 
-    def add(self, cut: WindowCut, samples: NDArray[np.float32], in_place: bool = False) -> None:
+    def add(
+        self,
+        cut: WindowCut,
+        samples: NDArray[np.float32],
+        in_place: bool = False,
+        frames: NDArray[np.float32] | None = None,
+    ) -> None:
         """Take the next window.
 
         Its samples must not change until it is final; if `in_place`, they may do so at once.
+        `frames` are those that are known of it or of more: see `growing_mel.complete`.
         """
         if len(samples) < HOP_LENGTH:
             return  # less than a frame
@@ -295,10 +303,15 @@ class Utterance:
             except SpeechRNTError as error:  # it takes nothing at the moment, or any more
                 logger.debug("features are computed here: %s", error)
         started = time.perf_counter()
-        maximum = _mel_task.compute(samples, out)
+        maximum = complete(samples, frames, out)
         self._take_features(window, maximum, time.perf_counter() - started)
 
-    def speculate(self, cut: WindowCut, samples: NDArray[np.float32]) -> None:
+    def speculate(
+        self,
+        cut: WindowCut,
+        samples: NDArray[np.float32],
+        frames: NDArray[np.float32] | None = None,
+    ) -> None:
         """Decode what will be the next window if nothing more is said.
 
         If `add` brings the same cut, the work is done already; whatever else comes, it is dropped.
@@ -313,7 +326,7 @@ class Utterance:
             window = self._guess = _Window(cut, self._plan, self._language, features)
             out = features.log10_mel
         started = time.perf_counter()
-        maximum = _mel_task.compute(samples, out)
+        maximum = complete(samples, frames, out)
         with self._lock:
             if self._guess is not window:
                 return
@@ -338,6 +351,7 @@ class Utterance:
         failed: Callable[[Exception], None],
         priority: Priority,
         deadline: float,
+        frames: NDArray[np.float32] | None = None,
     ) -> Callable[[], None] | None:
         """Decode the beginning of a window that is not cut yet, once, beside all else.
 
@@ -351,6 +365,8 @@ class Utterance:
             One of them is called by the executor.
         priority, deadline
             See `Job`.
+        frames
+            See `add`.
 
         Returns
         -------
@@ -367,7 +383,7 @@ class Utterance:
         pipeline = self._pipeline
         features = WindowFeatures(len(samples), pipeline.model.n_mels, pipeline.buffers)
         try:
-            features.maximum = _mel_task.compute(samples, features.log10_mel)
+            features.maximum = complete(samples, frames, features.log10_mel)
             with self._lock:
                 plan, language = self._plan, self._language.code
                 previous = plan.initial_prompt
