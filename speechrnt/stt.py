@@ -426,8 +426,8 @@ class PerformanceOptimizedSTT:
     def warm_up(self, **options: Any) -> None:
         """Measure which batch sizes pay, and touch what the first request would wait for.
 
-        Takes a few seconds with small models, and as long as two dozen calls with others. Without it
-        the engine assumes what holds on most machines. Requests may come meanwhile, but disturb
+        Takes a few seconds with small models, and as long as two dozen calls with others. Without
+        it the engine assumes what holds on most machines. Requests may come meanwhile, but disturb
         what is measured.
 
         Parameters
