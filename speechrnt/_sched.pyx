@@ -57,6 +57,7 @@ MAP_BATCH = 32  # calls submitted at once
 
 # Cores that must not outlive the interpreter, nor be used in a forked child.
 live_cores = weakref.WeakSet()
+cdef bint exiting = False  # nothing would end another
 
 
 cdef int enter_gil() noexcept nogil:
@@ -503,6 +504,8 @@ cdef class Delayed:
 
 def stop_at_exit():
     """Let no scheduler be cut off by the end of the interpreter."""
+    global exiting
+    exiting = True
     for core in list(live_cores):
         core.close(core.at_exit == "cancel")
         core.join(None)
@@ -566,6 +569,8 @@ class Scheduler(Executor):
     ------
     OptionError
         An option is out of range, contradicts another, or names a CPU that is not allowed.
+    SchedulerClosed
+        The interpreter exits, and has ended its schedulers.
 
     Examples
     --------
@@ -579,6 +584,8 @@ class Scheduler(Executor):
         max_queued=65536, stealing=True, stall_after=10.0, at_exit="drain", name="speechrnt",
     ):
         cdef Core core
+        if exiting:
+            raise SchedulerClosed("the interpreter exits: what this scheduler took could be lost")
         if min_workers is not None:
             min_workers = checked_count("min_workers", min_workers, 1, MAX_WORKERS)
         if max_workers is not None:

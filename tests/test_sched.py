@@ -774,6 +774,24 @@ class TestLife:
         else:
             assert "cancelled" in printed
 
+    def test_no_scheduler_begins_after_the_end_of_all(self):
+        printed = run_script(
+            """
+            import atexit
+
+            def late():
+                from speechrnt import Scheduler, SchedulerClosed
+                try:
+                    Scheduler(workers=1)
+                except SchedulerClosed:
+                    print("refused")
+
+            atexit.register(late)  # and so called after what speechrnt registers
+            import speechrnt
+            """
+        )
+        assert printed == ["refused"]
+
     def test_exit_with_an_idle_scheduler(self):
         script = "from speechrnt import Scheduler; s = Scheduler(); s.submit(print, 'ran').result()"
         assert run_script(script) == ["ran"]
