@@ -910,6 +910,10 @@ class NativePoolModel(RuleBasedStateMachine):
         assert all(self.pool.get(handle) == 0 for handle in self.dead)
         assert self.pool.use()[0] == len(self.live)
 
+    def teardown(self):
+        for handle in self.live:
+            assert self.pool.release(handle) == OK
+
 
 def test_native_pool_model(probe):
     NativePoolModel.probe = probe
