@@ -5,20 +5,18 @@ state; they hold the GIL only while they run Python tasks, a few at a time.
 """
 
 cimport cython
-from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint64_t
-from libcpp.atomic cimport (
-    atomic, memory_order_acq_rel, memory_order_acquire, memory_order_relaxed,
-)
+from libcpp.atomic cimport memory_order_acquire, memory_order_relaxed
 
 from speechrnt._future cimport FutureBase, new_future
 from speechrnt._sched_core cimport (
     HISTOGRAM_BUCKETS, LEVELS, MAX_WORKERS, SCHED_CLOSED, SCHED_FORKED, SCHED_OK, SCHED_RUNNING,
-    TASK_CANCELLED, SchedResult, gate_t, histogram_limit_ns, histogram_t, now_ns, sched_create,
+    SchedResult, gate_t, histogram_limit_ns, histogram_t, now_ns, sched_create,
     sched_depth, sched_destroy, sched_drain, sched_is_worker, sched_queued, sched_resize,
     sched_shutdown, sched_submit, sched_submit_many, sched_t, sched_work, task_t, worker_t,
 )
+from speechrnt._sched_task cimport PythonTask, new_task
 
 cdef extern from "Python.h" nogil:
     ctypedef enum PyGILState_STATE:
@@ -44,7 +42,7 @@ from speechrnt._sched_timer import Timer, Watch, report_exception
 from speechrnt._sched_types import (
     Priority, SchedulerHealth, SchedulerStatistics, Times, WorkerStatistics,
 )
-from speechrnt.errors import DeadlineExceeded, OptionError, Overloaded, SchedulerClosed
+from speechrnt.errors import OptionError, Overloaded, SchedulerClosed
 
 __all__ = ["Priority", "Scheduler"]
 
@@ -67,102 +65,6 @@ cdef int enter_gil() noexcept nogil:
 
 cdef void leave_gil(int state) noexcept nogil:
     PyGILState_Release(<PyGILState_STATE>state)
-
-
-cdef int run_python(void *arg) noexcept with gil:
-    cdef PythonTask task = <PythonTask>arg
-    try:
-        task.run()
-    except BaseException:  # from a callback of the future, say, and SystemExit must not exit here
-        report_exception()
-    return 0
-
-
-cdef void release_python(void *arg, int status) noexcept with gil:
-    cdef PythonTask task = <PythonTask>arg
-    try:
-        if status == TASK_CANCELLED:
-            task.cancel()
-        task.forget()
-    except BaseException:
-        report_exception()
-    Py_DECREF(task)  # the reference that Core.enqueue took
-
-
-@cython.final
-@cython.freelist(64)
-@cython.no_gc  # nobody but its queue and its timer refers to it, and `forget` ends that
-cdef class PythonTask:
-    """A call that waits for a worker, for its time, or for both."""
-
-    cdef task_t task
-    cdef atomic[bint] claimed  # by whoever runs, cancels or expires it
-    cdef object function, args, kwargs, context
-    cdef FutureBase future     # None: nobody asked for the result
-    cdef object timer
-    cdef object deadline       # the timer's entry, or None
-    cdef double expires        # when, if there is one
-
-    cdef bint claim(self) noexcept:
-        return not self.claimed.exchange(True, memory_order_acq_rel)
-
-    cdef int run(self) except -1:
-        cdef FutureBase future = self.future
-        # The timer may be late, and has ended when a shutdown runs what is left.
-        if self.deadline is not None and time.monotonic() >= self.expires:
-            self.expire()
-            return 0
-        if not self.claim():
-            return 0
-        if future is None:
-            self.call()
-            return 0
-        if not future.begin():
-            return 0
-        try:
-            result = self.call()
-        except BaseException as error:
-            future.finish(None, error)
-        else:
-            future.finish(result, None)
-        return 0
-
-    cdef object call(self):
-        PyContext_Enter(self.context)
-        try:
-            if self.kwargs is None:
-                return self.function(*self.args)
-            return self.function(*self.args, **self.kwargs)
-        finally:
-            PyContext_Exit(self.context)
-
-    def cancel(self):
-        """Cancel the future, unless the task has run, been cancelled or expired."""
-        cdef FutureBase future = self.future  # whose callbacks may have the task forget it
-        if self.claim() and future is not None and future.cancel():
-            future.begin()
-
-    def fail(self, error):
-        """Give the future an exception in place of a result, unless it is claimed."""
-        cdef FutureBase future = self.future  # whose callbacks may have the task forget it
-        if not self.claim():
-            return
-        if future is None:
-            logger.warning("a delayed task was not run: %s", error)
-        elif future.begin():
-            future.finish(None, error)
-
-    def expire(self):
-        """Give up, the deadline having passed before a worker came to it."""
-        self.fail(DeadlineExceeded("the task had not started when its deadline passed"))
-
-    cdef int forget(self) except -1:
-        """Drop all references: the done task may still be in the timer."""
-        if self.deadline is not None:
-            self.timer.cancel(self.deadline)
-        self.function = self.args = self.kwargs = self.context = None
-        self.future = self.timer = self.deadline = None
-        return 0
 
 
 @cython.final
@@ -239,7 +141,7 @@ cdef class Core:
 
     cdef int enqueue(self, PythonTask task) except -1:
         """Queue a task."""
-        Py_INCREF(task)  # released by release_python
+        Py_INCREF(task)  # released when it is done
         cdef SchedResult result = sched_submit(self.sched, &task.task)
         if result != SCHED_OK:
             Py_DECREF(task)
@@ -253,7 +155,7 @@ cdef class Core:
         cdef task_t *last = NULL
         cdef SchedResult result
         for task in tasks:
-            Py_INCREF(task)  # released by release_python
+            Py_INCREF(task)  # released when it is done
             if first == NULL:
                 first = &task.task
             else:
@@ -902,24 +804,6 @@ cdef int check_callable(function) except -1:
     if not callable(function):
         raise TypeError(f"a task must be callable, which {function!r} is not")
     return 0
-
-
-cdef PythonTask new_task(function, tuple args, dict kwargs, int priority, FutureBase future):
-    cdef PythonTask task = PythonTask.__new__(PythonTask)
-    task.claimed.store(False, memory_order_relaxed)
-    task.task.fn = run_python
-    task.task.arg = <void *>task
-    task.task.done = release_python
-    task.task.counter = NULL
-    task.task.priority = priority
-    task.task.queued = False
-    task.task.gated = True
-    task.function = function
-    task.args = args
-    task.kwargs = kwargs
-    task.context = PyContext_CopyCurrent()
-    task.future = future
-    return task
 
 
 cdef int submit(
