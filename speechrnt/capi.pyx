@@ -3,7 +3,11 @@
 from libc.stdint cimport INT64_MAX
 from libcpp.atomic cimport memory_order_acquire
 
-from speechrnt cimport _audio_pool, _pools, _sched, _sched_core
+# In this form because cythonize does not see that another depends on the declarations.
+cimport speechrnt._audio_pool as _audio_pool
+cimport speechrnt._pools as _pools
+cimport speechrnt._sched as _sched
+cimport speechrnt._sched_core as _sched_core
 
 __all__ = []
 

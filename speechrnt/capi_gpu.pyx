@@ -1,6 +1,7 @@
 """The public C interface of GPU memory: see capi_gpu.pxd. There is nothing here for Python."""
 
-from speechrnt cimport _gpu_pool
+# In this form because cythonize does not see that another depends on the declarations.
+cimport speechrnt._gpu_pool as _gpu_pool
 
 __all__ = []
 
