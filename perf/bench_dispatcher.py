@@ -1,6 +1,7 @@
 """What the dispatcher adds to the calls of CTranslate2, and what those calls cost.
 
-    python perf/bench_dispatcher.py [--quick] [--rounds N] [--tokenizer DIRECTORY] [--beam N]
+    python perf/bench_dispatcher.py [--quick] [--rounds N] [--models NAME ...] [--beam N]
+        [--tokenizer DIRECTORY]
 
 Saturated: all windows are submitted at once, and the dispatcher's workers come through them; as
 many plain threads make the same calls, of the same batch sizes, on the same number of windows.
@@ -35,7 +36,14 @@ from speechrnt.system import usable_cores
 
 N_TOKENS = 16
 LARGEST = 8
-CASES = (("pico", 300), ("pico", 500), ("pico", 1000), ("pico", 3000), ("tiny", 3000))
+CASES = (
+    ("pico", 300),
+    ("pico", 500),
+    ("pico", 1000),
+    ("pico", 3000),
+    ("tiny", 500),
+    ("tiny", 3000),
+)
 QUICK = (("pico", 300), ("pico", 3000))
 
 
@@ -171,10 +179,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a saturated measurement")
     parser.add_argument("--beam", type=int, default=5)
+    parser.add_argument("--models", nargs="+", choices=("pico", "tiny"), default=["pico", "tiny"])
     parser.add_argument("--tokenizer", type=Path, metavar="DIRECTORY")
     arguments = parser.parse_args()
     n_rounds = 3 if arguments.quick else arguments.rounds
-    cases = QUICK if arguments.quick else CASES
+    cases = [case for case in (QUICK if arguments.quick else CASES) if case[0] in arguments.models]
     curves = []
     print(f"{usable_cores()} workers of one thread, beam {arguments.beam}, {n_rounds} rounds\n")
     print("| model | context | batch: encode, decode | saturated | CPU time | idle, per window |")
