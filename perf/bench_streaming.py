@@ -28,7 +28,6 @@ import jiwer
 import numpy as np
 
 from speechrnt import OptimizationConfig, PerformanceOptimizedSTT, load_audio
-from speechrnt.agreement import LocalAgreement
 from speechrnt.audio import SAMPLE_RATE
 from speechrnt.events import Final, Partial
 from speechrnt.segmentation import Cutter, SegmentationOptions, WindowCut
@@ -123,6 +122,28 @@ def run_speechrnt(speeches):
         texts = [finalized[number].result().text for number in range(len(speeches))]
         counts = stt.statistics().streams.counts
     return lags, pauses, ends, texts, counts["revised_finals"] / max(counts["finals"], 1)
+
+
+class LocalAgreement:
+    """What such servers commit: what two transcripts in a row begin with, but for the last word."""
+
+    def __init__(self):
+        self.committed = 0
+        self.words, self._last = [], []
+
+    def update(self, words):
+        """Take a transcript."""
+        words = words[:-1]
+        agreed = 0
+        while agreed < min(len(words), len(self._last)) and words[agreed] == self._last[agreed]:
+            agreed += 1
+        if words[: self.committed] == self.words and agreed > self.committed:
+            self.committed, self.words = agreed, words[:agreed]
+        self._last = words
+
+    def is_kept_by(self, words):
+        """Whether a final transcript begins with what is committed."""
+        return words[: self.committed] == self.words
 
 
 class LockedStream:
