@@ -8,9 +8,10 @@ coroutine that leaves. Every text is compared with the first one of its kind. At
 streams stay open, for the memory that each of them takes.
 
 Ends with status 1 if the bytes that are allocated, or the Python objects, are more in the second
-half than they ever were in the first, beyond what a cache may hold. Resident memory is shown, but
-not judged: where an allocator finds its next block, and what it keeps of those that are free, moves
-it by megabytes either way.
+half than they ever were in the first, beyond what a cache may hold; with another C library than
+glibc, nothing but Python objects is judged. Resident memory is shown, but not judged: where an
+allocator finds its next block, and what it keeps of those that are free, moves it by megabytes
+either way.
 """
 
 import argparse
@@ -27,10 +28,15 @@ from pathlib import Path
 
 import numpy as np
 
-from speechrnt import Audio, OptimizationConfig, PerformanceOptimizedSTT, load_audio
-from speechrnt.system import resident_memory
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path.append(str(TESTS))
 
-SAMPLES = Path(__file__).parent.parent / "tests" / "samples"
+from memory_helpers import allocated_bytes  # noqa: E402
+
+from speechrnt import Audio, OptimizationConfig, PerformanceOptimizedSTT, load_audio  # noqa: E402
+from speechrnt.system import resident_memory  # noqa: E402
+
+SAMPLES = TESTS / "samples"
 MOST_BYTES = 1 << 20
 MOST_OBJECTS = 300
 WAIT_S = 120
@@ -179,32 +185,6 @@ def soak(stt, n_streams, at_once):
     assert statistics.audio_buffers.in_use == 0
     print({name: count for name, count in statistics.streams.counts.items() if count})
     return n_bytes <= MOST_BYTES and n_objects <= MOST_OBJECTS
-
-
-class HeapState(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    ]
-
-
-def allocated_bytes():
-    """Return how many bytes of the C heap are allocated, over all arenas.
-
-    With another C library than glibc: 0, and nothing but Python objects is judged.
-    """
-    try:
-        mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except AttributeError:
-        return 0
-    mallinfo2.restype = HeapState
-    state = mallinfo2()
-    return state.uordblks + state.hblkhd
 
 
 def idle(stt, n_streams):

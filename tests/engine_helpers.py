@@ -2,20 +2,12 @@
 
 import itertools
 import threading
-import time
 from contextlib import contextmanager
 
 import numpy as np
+from waiting import eventually
 
 from speechrnt.models import Model
-
-
-def eventually(condition, what="it"):
-    """Wait until a condition holds."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, f"{what} has not happened"
-        time.sleep(0.002)
 
 
 def assert_at_rest(engine):

@@ -1,9 +1,9 @@
 """What the tests of streams share: recordings, the one-shot text, and waiting without a clock."""
 
-import time
 import wave
 
 import numpy as np
+from waiting import eventually
 
 from speechrnt.events import Committed, Final
 from speechrnt.oneshot import Request
@@ -68,14 +68,6 @@ def said(transcription):
     return transcription.text, segments, transcription.language, transcription.duration
 
 
-def wait_for(condition, seconds=WAIT_S):
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.001)
-
-
 def settle(stream):
     """Wait until all that was pushed is worked off: as if the audio came very slowly."""
 
@@ -91,7 +83,7 @@ def settle(stream):
                 or stream._drop_partial
             )
 
-    wait_for(is_quiet)
+    eventually(is_quiet)
 
 
 def push_slowly(stream, samples, chunk_s=0.1):
@@ -120,7 +112,7 @@ class Log:
 
     def wait(self, kind, count=1):
         """Wait for events of a kind, and return the last."""
-        wait_for(lambda: len(self.of(kind)) >= count)
+        eventually(lambda: len(self.of(kind)) >= count)
         return self.of(kind)[-1]
 
     def windows(self):

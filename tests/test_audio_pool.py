@@ -6,6 +6,7 @@ import queue
 import random
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from speechrnt.pools import (
     PoolLimits,
 )
 
+HERE = Path(__file__).parent
 STALE, FOREIGN = 3, 4
 KIB, MIB = 2**10, 2**20
 THIRTY_SECONDS = 480_000
@@ -249,44 +251,44 @@ class TestAudioBufferPool:
     def test_reserved_buffers_are_in_memory(self):
         out = run_python(
             """
-            import resource
-            import numpy as np
+            from memory_helpers import pages_not_in_memory
             from speechrnt.pools import AudioBufferPool, PoolLimits
-            pool = AudioBufferPool(PoolLimits(initial_size=8))
-            buffers = [pool.acquire(480_000) for _ in range(8)]
-            arrays = [buffer.array for buffer in buffers]
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for array in arrays:
-                array.fill(1)
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-            """
+
+            def missing(pool):
+                buffers = [pool.acquire(480_000) for _ in range(8)]
+                arrays = [buffer.array for buffer in buffers]
+                return sum(pages_not_in_memory(each.ctypes.data, each.nbytes) for each in arrays)
+
+            print(missing(AudioBufferPool(PoolLimits(initial_size=8))), missing(AudioBufferPool()))
+            """,
+            path=[HERE],
         )
-        assert int(out) < 8
+        missing, missing_if_not_reserved = map(int, out.split())
+        assert missing == 0
+        assert missing_if_not_reserved > 0
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     @pytest.mark.skipif("SPEECHRNT_BUILD" in os.environ, reason="sanitizers add memory of theirs")
     def test_what_is_cleaned_up_is_the_systems_again(self):
         out = run_python(
             """
+            from memory_helpers import anonymous_bytes
             from speechrnt.pools import AudioBufferPool
 
-            def resident_kib():
-                with open("/proc/self/smaps_rollup") as file:
-                    return next(int(line.split()[1]) for line in file if line.startswith("Rss"))
-
             pool = AudioBufferPool()
-            before = resident_kib()
+            before = anonymous_bytes()
             buffers = [pool.acquire(480_000) for _ in range(40)]
             for buffer in buffers:
                 buffer.array.fill(1)
-            full = resident_kib() - before
+            full = anonymous_bytes() - before
             del buffers[10:], buffer
             pool.trim()
             assert all((buffer.array == 1).all() for buffer in buffers)
-            print(full, resident_kib() - before)
-            """
+            print(full, anonymous_bytes() - before)
+            """,
+            path=[HERE],
         )
-        full, left = (int(kib) / 1024 for kib in out.split())
+        full, left = (int(size) / MIB for size in out.split())
         assert 40 * 1.83 <= full < 40 * 1.9 + 4
         assert 10 * 1.83 <= left < 10 * 1.9 + 4
 

@@ -18,6 +18,7 @@ from speechrnt.batch_sizes import BatchSizes
 from speechrnt.batching import Dispatcher, Job, SearchOptions
 from speechrnt.decoding import length_limit
 from speechrnt.executor import InlineExecutor
+from speechrnt.job_queue import ROUND_S
 from speechrnt.models import Model
 from speechrnt.pools import AudioBufferPool, PoolLimits
 from speechrnt.utterance import WindowFeatures
@@ -267,10 +268,10 @@ def test_deadlines_are_observed_inside_a_priority(dispatcher_of, windows):
 
 def test_a_flood_of_one_client_does_not_shut_out_another(dispatcher_of, windows):
     dispatcher = dispatcher_of(decode=1)
+    dispatcher._sizes.expected_s = lambda frames: 0.03
     jobs = [("flood", {"client": "flood"})] * 60 + [("light", {"client": "light"})]
-    place = order_of(dispatcher, windows, jobs).index("light")
-    # A round of the flood; how many jobs that is depends on what they are expected to cost.
-    assert place <= 0.25 / dispatcher._sizes.expected_s(600) + 10
+    # After those of the flood that begin in its first round.
+    assert order_of(dispatcher, windows, jobs).index("light") == 1 + ROUND_S // 0.03
 
 
 def test_a_late_job_fails_and_costs_the_model_nothing(dispatcher_of, windows):

@@ -38,6 +38,7 @@ def tiny(tmp_path_factory):
 COMMON = """
 import ctypes, gc, hashlib, json, os, resource, sys, threading
 import numpy as np
+from memory_helpers import anonymous_bytes
 from speechrnt import _inference_memory, inference_memory, load_model
 
 def encode(model, batch=1, frames=3000):
@@ -46,10 +47,6 @@ def encode(model, batch=1, frames=3000):
 
 def digest(encoding):
     return hashlib.sha256(np.asarray(encoding).tobytes()).hexdigest()
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 def load(path, **options):
     return load_model(path, "cpu", cpu_threads=1, **options)
@@ -142,9 +139,9 @@ after = inference_memory.statistics().in_use
 model.whisper.unload_model()
 del model
 reserved = inference_memory.statistics().reserved
-before = resident()
+before = anonymous_bytes()
 released = inference_memory.trim()
-fallen = before - resident()
+fallen = before - anonymous_bytes()
 end = inference_memory.statistics()
 print(json.dumps([weights, after, reserved, released, fallen, [end.in_use, end.blocks,
                   end.reserved]]))
@@ -164,16 +161,16 @@ print(json.dumps([weights, after, reserved, released, fallen, [end.in_use, end.b
 import time
 from speechrnt import Scheduler
 from speechrnt.pools import maintain_on
-inference_memory._KEEP_S = 2
+inference_memory._KEEP_S = 1
 model = load(sys.argv[1])
 weights = inference_memory.statistics().reserved
 encode(model)
-encoded = resident()
+encoded = anonymous_bytes()
 with Scheduler(workers=1) as scheduler, maintain_on(scheduler, [inference_memory], 0.1):
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while inference_memory.statistics().reserved > weights and time.monotonic() < end:
         time.sleep(0.05)
-fallen = encoded - resident()
+fallen = encoded - anonymous_bytes()
 print(json.dumps([weights, inference_memory.statistics().reserved]))
 assert fallen > 50 << 20
 """,

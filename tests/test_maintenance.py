@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 from pool_helpers import run_python
+from waiting import eventually
 
 from speechrnt import Priority, Scheduler, inference_memory
 from speechrnt.errors import OptionError, SchedulerClosed
@@ -25,13 +26,6 @@ INTERVAL = 0.005
 def scheduler():
     with Scheduler(workers=1) as scheduler:
         yield scheduler
-
-
-def wait_until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.001)
 
 
 class Pool:
@@ -57,7 +51,7 @@ def test_idle_memory_of_every_pool_goes(scheduler):
         for pool in pools[1:]:
             scheduler.submit(lambda pool=pool: pool.acquire().release()).result()
         assert all(pool.statistics().misses == 1 for pool in pools)
-        wait_until(lambda: all(pool.statistics().idle == 0 for pool in pools))
+        eventually(lambda: all(pool.statistics().idle == 0 for pool in pools))
         assert maintenance.rounds > 0
         assert not maintenance.closed
 
@@ -65,7 +59,7 @@ def test_idle_memory_of_every_pool_goes(scheduler):
 def test_rounds_are_tasks_of_low_priority(scheduler):
     pool = Pool()
     maintain_on(scheduler, [pool], INTERVAL)
-    wait_until(lambda: pool.calls >= 3)
+    eventually(lambda: pool.calls >= 3)
     executed = scheduler.statistics().executed
     assert executed[Priority.LOW] >= 3
     assert sum(executed.values()) == executed[Priority.LOW]
@@ -74,7 +68,7 @@ def test_rounds_are_tasks_of_low_priority(scheduler):
 def test_close_ends_it(scheduler):
     pool = Pool()
     maintenance = maintain_on(scheduler, [pool], INTERVAL)
-    wait_until(lambda: pool.calls)
+    eventually(lambda: pool.calls)
     maintenance.close()
     maintenance.close()
     assert maintenance.closed
@@ -88,7 +82,7 @@ def test_the_end_of_the_scheduler_ends_it():
     pool = Pool()
     with Scheduler(workers=1) as scheduler:
         maintenance = maintain_on(scheduler, [pool], INTERVAL)
-        wait_until(lambda: pool.calls)
+        eventually(lambda: pool.calls)
     assert maintenance.closed
     calls = pool.calls
     time.sleep(10 * INTERVAL)
@@ -98,12 +92,12 @@ def test_the_end_of_the_scheduler_ends_it():
 def test_a_closed_pool_is_left_alone_and_the_last_one_ends_it(scheduler):
     pools = [Pool(), Pool()]
     maintenance = maintain_on(scheduler, pools, INTERVAL)
-    wait_until(lambda: all(pool.calls for pool in pools))
+    eventually(lambda: all(pool.calls for pool in pools))
     pools[0].closed = True
     scheduler.drain()
     calls = pools[0].calls
     more = pools[1].calls + 3
-    wait_until(lambda: pools[1].calls >= more)
+    eventually(lambda: pools[1].calls >= more)
     assert pools[0].calls == calls
     assert not maintenance.closed
     pools[1].closed = True
@@ -120,9 +114,9 @@ def test_it_keeps_no_pool_alive(scheduler, make):
     pool = make()
     reference = weakref.ref(pool)
     maintenance = maintain_on(scheduler, [pool], INTERVAL)
-    wait_until(lambda: maintenance.rounds)
+    eventually(lambda: maintenance.rounds)
     del pool
-    wait_until(lambda: reference() is None)
+    eventually(lambda: reference() is None)
     assert maintenance.closed
 
 
@@ -132,9 +126,9 @@ def test_it_keeps_no_scheduler_alive():
     threads = list(scheduler._core.threads)
     reference = weakref.ref(scheduler)
     maintenance = maintain_on(scheduler, [pool], INTERVAL)
-    wait_until(lambda: pool.calls >= 3)
+    eventually(lambda: pool.calls >= 3)
     del scheduler
-    wait_until(lambda: gc.collect() is not None and reference() is None)
+    eventually(lambda: gc.collect() is not None and reference() is None)
     assert maintenance.closed
     for thread in threads:
         thread.join(30)
@@ -146,7 +140,7 @@ def test_a_pool_that_raises_is_reported_and_stops_nothing(scheduler, monkeypatch
     monkeypatch.setattr(threading, "excepthook", lambda details: reported.append(details[1]))
     pools = [Pool(ZeroDivisionError("first")), Pool(SystemExit("second")), Pool()]
     maintain_on(scheduler, pools, INTERVAL)
-    wait_until(lambda: pools[2].calls >= 3)
+    eventually(lambda: pools[2].calls >= 3)
     assert {str(error) for error in reported} == {"first", "second"}
 
 
@@ -159,10 +153,10 @@ def test_a_full_queue_skips_rounds_and_no_more():
         started.wait()
         scheduler.submit_nowait(int)
         maintenance = maintain_on(scheduler, [pool], INTERVAL)
-        wait_until(lambda: maintenance.skipped >= 3)
+        eventually(lambda: maintenance.skipped >= 3)
         assert pool.calls == 0
         busy.set()
-        wait_until(lambda: pool.calls >= 3)
+        eventually(lambda: pool.calls >= 3)
 
 
 def test_a_pool_may_close_its_maintenance(scheduler):
@@ -176,7 +170,7 @@ def test_a_pool_may_close_its_maintenance(scheduler):
     scheduler.submit_nowait(ready.wait)
     maintenance = maintain_on(scheduler, [pool], INTERVAL)
     ready.set()
-    wait_until(lambda: pool.calls)
+    eventually(lambda: pool.calls)
     scheduler.drain()
     time.sleep(10 * INTERVAL)
     assert pool.calls == 1

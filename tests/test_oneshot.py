@@ -8,7 +8,8 @@ from concurrent.futures import CancelledError, Future, wait
 import jiwer
 import numpy as np
 import pytest
-from engine_helpers import assert_at_rest, eventually, held, spied, with_pauses
+from engine_helpers import assert_at_rest, held, spied, with_pauses
+from waiting import eventually
 
 from speechrnt import (
     Audio,

@@ -6,7 +6,8 @@ import threading
 import tracemalloc
 
 import pytest
-from streaming_helpers import WAIT_S, Log, settle, silence, wait_for
+from streaming_helpers import WAIT_S, Log, settle, silence
+from waiting import eventually
 
 from speechrnt import ModelError, OptimizationConfig, Overloaded, PerformanceOptimizedSTT
 from speechrnt.events import Closed
@@ -103,7 +104,7 @@ class TestLimit:
         assert telling.wait(WAIT_S)
         closing = threading.Thread(target=lambda: (registry.close(False), order.append("closed")))
         closing.start()
-        wait_for(lambda: registry.closed)
+        eventually(lambda: registry.closed)
         go.set()
         closing.join()
         forgetting.join()
@@ -127,7 +128,7 @@ class TestLimit:
         assert making.wait(WAIT_S)
         closing = threading.Thread(target=registry.close, args=[False])
         closing.start()
-        wait_for(lambda: registry.closed)
+        eventually(lambda: registry.closed)
         go.set()
         for thread in (starting, closing):
             thread.join(WAIT_S)
@@ -216,7 +217,7 @@ class TestIdleStreams:
             before, _ = tracemalloc.get_traced_memory()
             streams = self.open_idle(stt, IDLE_STREAMS)
             # Maintenance has them give back what they do not need.
-            wait_for(lambda: all(stream._is_compact for stream in streams))
+            eventually(lambda: all(stream._is_compact for stream in streams))
             for stream in streams:
                 settle(stream)
             gc.collect()
@@ -234,7 +235,7 @@ class TestIdleStreams:
         assert stt.statistics().dispatcher.submitted == 0
         for stream in streams:
             stream.cancel()
-        wait_for(lambda: stt.statistics().streams.open == 0)
+        eventually(lambda: stt.statistics().streams.open == 0)
 
     def test_they_are_finalized_when_the_engine_is_closed(self):
         log = Log()

@@ -26,8 +26,8 @@ from streaming_helpers import (
     said,
     settle,
     silence,
-    wait_for,
 )
+from waiting import eventually
 
 from speechrnt import (
     InvalidAudioError,
@@ -59,7 +59,7 @@ def stt():
     config = OptimizationConfig(max_concurrent_utterances=128, cleanup_interval_s=0.05)
     with PerformanceOptimizedSTT(config) as stt:
         yield stt
-        wait_for(lambda: stt.statistics().streams.open == 0)
+        eventually(lambda: stt.statistics().streams.open == 0)
         assert stt.statistics().audio_buffers.in_use == 0
 
 
@@ -549,7 +549,7 @@ class TestRules:
             Priority.LOW,
             time.monotonic() + WAIT_S,
         )
-        wait_for(lambda: previews)
+        eventually(lambda: previews)
         assert partials[-1].text == " ".join(previews[0].text.split()[:-1])
         stream.cancel()
 
@@ -569,7 +569,7 @@ class TestRules:
             Priority.LOW,
             time.monotonic() + WAIT_S,
         )
-        wait_for(lambda: previews)
+        eventually(lambda: previews)
         assert "\ufffd" not in previews[0].text
         stream.cancel()
 
@@ -662,7 +662,7 @@ class TestRules:
         stream = stt.stream(callback=log, language="en", partials=False)
         with Blocked(stt):
             stream.push(recordings.joined("en", 1, 1.0))
-            wait_for(lambda: stream._pending)
+            eventually(lambda: stream._pending)
             watch(stream, 0, 31)
             assert log.wait(Error).code == "stalled"
         assert stream.finalize().result(WAIT_S).text
@@ -700,7 +700,7 @@ class TestRules:
             future = stream.finalize()
             with pytest.raises(ModelError, match="division"):
                 future.result(WAIT_S)
-        wait_for(lambda: stt.statistics().audio_buffers.in_use == 0)
+        eventually(lambda: stt.statistics().audio_buffers.in_use == 0)
 
     def test_16_a_guess_that_fails_leaves_nothing_behind(self, stt, recordings, monkeypatch):
         samples = recordings.joined("en", 1, 0.0)
@@ -708,7 +708,7 @@ class TestRules:
         with monkeypatch.context() as patch:
             patch.setattr(type(stt.model), "encode", lambda *_: 1 / 0)
             push_slowly(stream, np.concatenate([samples, silence(0.4)]))
-            wait_for(lambda: stream._utterance._guess is None)
+            eventually(lambda: stream._utterance._guess is None)
         assert stt.statistics().audio_buffers.in_use <= 2  # its samples and their features
         stream.push(silence(1.0))
         assert stream.finalize().result(WAIT_S).text == one_shot(stt, samples, "en").text
@@ -736,7 +736,7 @@ class TestRules:
         for call in (stream.flush, stream.finalize, lambda: stream.push(b"")):
             with pytest.raises(UtteranceClosed, match="closed"):
                 call()
-        wait_for(lambda: stt.statistics().audio_buffers.in_use == 0)
+        eventually(lambda: stt.statistics().audio_buffers.in_use == 0)
 
     def test_19_what_is_no_audio_is_refused_and_changes_nothing(self, stt, recordings):
         samples = recordings.joined("en", 1, 0.3)
@@ -808,9 +808,9 @@ class TestRules:
         stream = stt.stream(callback=log, language="en", partial_interval_s=0.05)
         with Blocked(stt):
             stream.push(samples)
-            wait_for(lambda: stream._drop_partial)
+            eventually(lambda: stream._drop_partial)
             future = stream.finalize()
-            wait_for(lambda: stream._pending)
+            eventually(lambda: stream._pending)
             assert stream._drop_partial is None
         assert future.result(WAIT_S).text == one_shot(stt, samples, "en").text
 
@@ -867,7 +867,7 @@ class TestCancel:
                 future = stream.finalize()
             time.sleep(step % 6 * 0.02)
             stream.cancel()
-            wait_for(lambda stream=stream: stream.snapshot.state == "closed")
+            eventually(lambda stream=stream: stream.snapshot.state == "closed")
             if future is not None:
                 try:
                     assert future.result(WAIT_S).text == expected
@@ -875,7 +875,7 @@ class TestCancel:
                 except CancelledError:
                     cancelled += 1
         assert finished + cancelled == 10
-        wait_for(lambda: stt.statistics().audio_buffers.in_use == 0)
+        eventually(lambda: stt.statistics().audio_buffers.in_use == 0)
         assert stt.statistics().streams.open == 0
 
     def test_the_future_cancels_the_stream(self, stt, recordings, log):
@@ -921,7 +921,7 @@ class TestUpdate:
             stream.update(beam_size=2)
             stream.push(recordings.joined("en", 1, 0.0))
             stream.finalize().result(WAIT_S)
-        wait_for(lambda: len(log.of(Closed)) == 2)
+        eventually(lambda: len(log.of(Closed)) == 2)
         assert [final.language for final in log.of(Final)] == ["de"] * 4
 
     def test_what_cannot_be_changed(self, stt):
@@ -1130,4 +1130,4 @@ def test_a_closed_stream_is_freed(stt, recordings):
         gc.collect()
         return gone() is None
 
-    wait_for(is_gone)
+    eventually(is_gone)

@@ -7,7 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from streaming_helpers import RATE, WAIT_S, Log, Recordings, one_shot, said, silence, wait_for
+from streaming_helpers import RATE, WAIT_S, Log, Recordings, one_shot, said, silence
+from waiting import eventually
 
 from speechrnt import (
     InvalidAudioError,
@@ -29,7 +30,7 @@ def stt():
     config = OptimizationConfig(max_concurrent_utterances=200, cleanup_interval_s=0.05)
     with PerformanceOptimizedSTT(config) as stt:
         yield stt
-        wait_for(lambda: stt.statistics().streams.open == 0)
+        eventually(lambda: stt.statistics().streams.open == 0)
         assert stt.statistics().audio_buffers.in_use == 0
 
 
@@ -145,7 +146,7 @@ class TestBadStreams:
 
         with beside(forget):
             pass
-        wait_for(lambda: stt.statistics().streams.open == 0)
+        eventually(lambda: stt.statistics().streams.open == 0)
 
     def test_a_consumer_that_blocks(self, stt, recordings, beside):
         release = threading.Event()
@@ -200,7 +201,7 @@ class TestBadStreams:
 
         with beside(run):
             pass
-        wait_for(lambda: stt.statistics().streams.open == 0)
+        eventually(lambda: stt.statistics().streams.open == 0)
 
     def test_coroutines_that_go_away(self, stt, recordings, beside):
         speech = recordings.joined("en", 1, 0.6)
@@ -248,7 +249,7 @@ class TestBadStreams:
             done.set()
             for thread in threads:
                 thread.join()
-        wait_for(lambda: stt.statistics().streams.open == 0)
+        eventually(lambda: stt.statistics().streams.open == 0)
 
 
 class TestShare:
@@ -295,7 +296,7 @@ class TestShare:
         def run():
             for flood in floods:
                 flood.push(speech)
-            wait_for(lambda: stt.statistics().dispatcher.submitted > before + 2 * n_floods)
+            eventually(lambda: stt.statistics().dispatcher.submitted > before + 2 * n_floods)
             for _ in range(5):
                 good.push(own)
                 good.flush()
@@ -324,7 +325,9 @@ class TestShare:
             noise = rng.normal(0, 0.002, RATE).astype(np.float32)
             for stream in streams:
                 stream.push(noise)
-            wait_for(lambda: all(s.snapshot.processed_s == s.snapshot.received_s for s in streams))
+            eventually(
+                lambda: all(s.snapshot.processed_s == s.snapshot.received_s for s in streams)
+            )
             held.append(sum(stream._samples.nbytes for stream in streams))
         assert max(held[3:]) <= held[2]
         assert [stream.finalize().result(WAIT_S).text for stream in streams] == [""] * 16

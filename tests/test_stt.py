@@ -12,7 +12,8 @@ from concurrent.futures import CancelledError, as_completed
 
 import numpy as np
 import pytest
-from engine_helpers import assert_at_rest, eventually, held, with_pauses
+from engine_helpers import assert_at_rest, held, with_pauses
+from waiting import eventually
 
 from speechrnt import (
     AudioFileError,

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from engine_helpers import assert_at_rest, eventually, held, spied, with_pauses
+from engine_helpers import assert_at_rest, held, spied, with_pauses
+from waiting import eventually
 
 from speechrnt import OptionError, UtteranceOptions
 from speechrnt.features import WINDOW_FRAMES

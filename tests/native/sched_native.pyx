@@ -101,7 +101,7 @@ cdef struct Batch_t:
     atomic[int64_t] runs
     atomic[int64_t] cancelled
     atomic[int64_t] order
-    int64_t limit
+    atomic[int64_t] limit
     int64_t[LEVELS] last     # by one worker only
     int64_t[LEVELS] longest
     int status
@@ -138,7 +138,7 @@ cdef int run_respawning(void *arg) noexcept nogil:
     cdef int64_t now = batch.order.fetch_add(1, memory_order_relaxed)
     batch.longest[level] = max(batch.longest[level], now - batch.last[level])
     batch.last[level] = now
-    if now < batch.limit:
+    if now < batch.limit.load(memory_order_relaxed):
         if item.state:
             sched_spawn(batch.sched, &item.task)
         else:
@@ -267,7 +267,7 @@ cdef class Batch:
         Of a scheduler with one worker. The first item holds it until the others are queued.
         """
         cdef int64_t i
-        self.batch.limit = limit
+        self.batch.limit.store(limit)
         self.batch.held.store(True)
         self.items[0].task.fn = run_hold
         for i in range(1, self.count):
@@ -282,6 +282,10 @@ cdef class Batch:
         self.batch.held.store(False)
         self.wait()
         return [self.batch.longest[i] for i in range(LEVELS)]
+
+    def end(self):
+        """Have a saturation end now."""
+        self.batch.limit.store(0)
 
     def spawn_all(self):
         """Submit one item that spawns the others; wait for all; return the nanoseconds."""
