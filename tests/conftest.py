@@ -66,6 +66,43 @@ def engine():
     assert stt.statistics().results.in_use == 0
 
 
+@pytest.fixture(scope="module")
+def stt():
+    """An engine that looks after its streams often; without any, and without audio, at the end."""
+    from waiting import eventually
+
+    from speechrnt import OptimizationConfig, PerformanceOptimizedSTT
+
+    config = OptimizationConfig(max_concurrent_utterances=200, cleanup_interval_s=0.05)
+    with PerformanceOptimizedSTT(config) as stt:
+        yield stt
+        eventually(lambda: stt.statistics().streams.open == 0)
+        assert stt.statistics().audio_buffers.in_use == 0
+
+
+@pytest.fixture(scope="session")
+def recordings(samples, manifest):
+    """What puts the recordings together to longer ones."""
+    from streaming_helpers import Recordings
+
+    return Recordings(samples, manifest)
+
+
+@pytest.fixture
+def log():
+    """A callback for a stream, which keeps the events."""
+    from streaming_helpers import Log
+
+    return Log()
+
+
+@pytest.fixture
+def counted(stt):
+    """A function that tells by how much a count of streams has changed."""
+    before = stt.statistics().streams.counts
+    return lambda name: stt.statistics().streams.counts[name] - before[name]
+
+
 @pytest.fixture(scope="session")
 def human_audio() -> Path:
     """The directory of human recordings, which are not part of the repository."""

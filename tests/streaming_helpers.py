@@ -1,10 +1,15 @@
 """What the tests of streams share: recordings, the one-shot text, and waiting without a clock."""
 
+import time
 import wave
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from waiting import eventually
 
+from speechrnt import Overloaded
 from speechrnt.events import Committed, Final
 from speechrnt.oneshot import Request
 
@@ -68,10 +73,16 @@ def said(transcription):
     return transcription.text, segments, transcription.language, transcription.duration
 
 
-def settle(stream):
-    """Wait until all that was pushed is worked off: as if the audio came very slowly."""
+def settle(stream, are_told=True):
+    """Wait until all that was pushed is worked off: as if the audio came very slowly.
+
+    And until the stream's callback, if it has one, has been called with what came of it.
+    """
+    events = stream._events
 
     def is_quiet():
+        if are_told and events._callback is not None and (events._events or events._is_calling):
+            return False
         if stream.snapshot.state == "closed":
             return True
         with stream._lock:
@@ -86,12 +97,61 @@ def settle(stream):
     eventually(is_quiet)
 
 
-def push_slowly(stream, samples, chunk_s=0.1):
+def push_slowly(stream, samples, chunk_s=0.1, are_told=True):
     """Push audio piece by piece, each one when all is quiet."""
     step = round(chunk_s * RATE)
     for start in range(0, len(samples), step):
         stream.push(samples[start : start + step])
-        settle(stream)
+        settle(stream, are_told)
+
+
+def streamed(stt, pieces, language=None, **options):
+    """Push pieces, ``None`` being a flush, and return what finalize gives."""
+    stream = stt.stream(language=language, **options)
+    for piece in pieces:
+        if piece is None:
+            stream.flush()
+        else:
+            while True:
+                try:
+                    stream.push(piece)
+                    break
+                except Overloaded:
+                    time.sleep(0.01)
+    return stream.finalize().result(WAIT_S)
+
+
+def cut(samples, places):
+    places = [0, *sorted(places), len(samples)]
+    return [samples[a:b] for a, b in pairwise(places)]
+
+
+@contextmanager
+def paused(stream):
+    """Keep a stream from looking at its audio for a while."""
+    with stream._lock:
+        assert not stream._is_working
+        stream._is_working = True
+    try:
+        yield
+    finally:
+        with stream._lock:
+            stream._is_working = False
+        stream._wake()
+
+
+def looked_after_by_hand(stt, stream):
+    """Have an engine not look after a stream; return a function that does, at given seconds."""
+    stream._options = replace(stream._options, idle_timeout_s=None)
+    check, stream.check = stream.check, lambda *_: None
+    rounds = stt._maintenance.rounds
+    eventually(lambda: stt._maintenance.rounds > rounds)  # the one under way is over
+
+    def look(*seconds):
+        for each in seconds:
+            check(1e6 + each, 30.0)
+
+    return look
 
 
 class Log:
