@@ -120,13 +120,13 @@ def test_human_recordings(both, human_audio, file):
 @pytest.mark.parametrize("file", HUMAN)
 def test_words_of_human_recordings(both, human_audio, same_probabilities, file):  # noqa: F811
     options = {"temperature": 0.0, "word_timestamps": True, "multilingual": True}
-    audio = speechrnt.decode_audio(human_audio / file)
+    audio = speechrnt.decode_audio(human_audio / file)[: 35 * RATE]
     assert_same(both, audio, hallucination_silence_threshold=0.5, **options)
     assert_same(both, audio, vad_filter=True, hotwords="America", **options)
 
 
 def test_human_digits(both, human_audio):
-    for file in sorted((human_audio / "digits").glob("*.wav")):
+    for file in sorted((human_audio / "digits").glob("*_jackson_*.wav")):
         assert_same(both, str(file), temperature=0.0)
 
 
@@ -228,9 +228,9 @@ def test_lengths_around_the_window(both, english, seconds):
     assert assert_same(both, english(seconds), temperature=0.0, language="en")
 
 
-def test_ten_minutes(both, english):
-    segments = assert_same(both, english(600), temperature=0.0, language="en")
-    assert segments[-1].seek > 500 * 100
+def test_more_text_than_a_prompt_holds(both, english):
+    segments = assert_same(both, english(240), temperature=0.0, language="en")
+    assert sum(len(segment.tokens) for segment in segments) > 224
 
 
 @pytest.mark.parametrize(
