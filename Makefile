@@ -14,6 +14,7 @@ SANITIZED = SPEECHRNT_BUILD=$@ PYTHONSAFEPATH=1 PYTHONPATH=build/$@/lib \
 	LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	TSAN_OPTIONS=suppressions=tests/native/tsan.supp:die_after_fork=0:allocator_may_return_null=1 setarch -R
 GPU_TESTS := $(addprefix tests/gpu/test_,model.py handle.py pool.py) -k 'not million and not exiting'
+SCHED_TESTS := $(addprefix tests/test_,sched.py sched_native.py sched_life.py future.py)
 POOL_TESTS := $(addprefix tests/test_,pools.py audio_pool.py result_pool.py maintenance.py span_pool.py)
 export SPEECHRNT_WERROR = 1
 
@@ -36,7 +37,7 @@ tsan: ## run the tests of scheduler and pools under the thread sanitizer
 asan: ## run the tests of scheduler and pools under the address sanitizer
 tsan asan: $(VENV)/.test
 	SPEECHRNT_BUILD=$@ $(BIN)/python setup.py -q build --build-base build/$@ --build-lib build/$@/lib
-	$(SANITIZED) $(BIN)/python -m pytest tests/test_sched.py tests/test_future.py $(POOL_TESTS)
+	$(SANITIZED) $(BIN)/python -m pytest $(SCHED_TESTS) $(POOL_TESTS)
 	SPEECHRNT_CUDA=double $(SANITIZED) $(BIN)/python -m pytest $(GPU_TESTS)
 
 lint: $(VENV)/.test ## check style, types and stubs

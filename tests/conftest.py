@@ -113,6 +113,23 @@ def human_audio() -> Path:
 
 
 @pytest.fixture(scope="session")
+def native():
+    """A compiled module that calls what only C code can call of the scheduler."""
+    from native import load
+
+    return load("sched_native")
+
+
+@pytest.fixture
+def scheduler():
+    """A scheduler of two workers."""
+    from speechrnt import Scheduler
+
+    with Scheduler(workers=2) as scheduler:
+        yield scheduler
+
+
+@pytest.fixture(scope="session")
 def probe():
     """A compiled module that calls what only C code can call of the pools."""
     from native import load

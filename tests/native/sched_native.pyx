@@ -1,5 +1,5 @@
 # cython: cdivision=True
-"""C tasks and bare deques for tests/test_sched.py."""
+"""C tasks and bare deques for tests/test_sched_native.py and others."""
 
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
