@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -101,6 +102,26 @@ def counted(stt):
     """A function that tells by how much a count of streams has changed."""
     before = stt.statistics().streams.counts
     return lambda name: stt.statistics().streams.counts[name] - before[name]
+
+
+@pytest.fixture(scope="session")
+def pico() -> Path:
+    """The directory of the embedded model."""
+    from speechrnt.hub import EMBEDDED_MODELS
+
+    return EMBEDDED_MODELS["pico"]
+
+
+@pytest.fixture
+def copy(pico, tmp_path) -> Path:
+    """A copy of the embedded model that a test may damage."""
+    return shutil.copytree(pico, tmp_path / "my model")
+
+
+@pytest.fixture(scope="session")
+def contents(pico) -> dict[str, bytes]:
+    """The files of the embedded model."""
+    return {path.name: path.read_bytes() for path in pico.iterdir()}
 
 
 @pytest.fixture(scope="session")
