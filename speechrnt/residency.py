@@ -84,21 +84,14 @@ class Residency:
                 self._load()
 
     def unload(self, to_cpu: bool = False, timeout: float | None = None) -> None:
-        """Free the weights as soon as no call is under way.
-
-        Parameters
-        ----------
-        to_cpu
-            Keep them in the CPU's memory, from where they are back sooner.
-        timeout
-            Seconds to wait for the calls under way; None waits for as long as they take.
+        """Free the weights, with `to_cpu` to the CPU's memory, as soon as no call is under way.
 
         Raises
         ------
         TimeoutError
-            If there still were calls under way; nothing has changed then.
+            If some still were after `timeout` seconds. Nothing has changed.
         ModelError
-            If CTranslate2 keeps the weights all the same.
+            If CTranslate2 does not let go of the weights.
         OptionError
             If they are to be kept in the CPU's memory, and are used there.
         """

@@ -477,6 +477,8 @@ class WhisperModel:
             If there still were calls under way; nothing has changed then.
         ModelError
             If CTranslate2 keeps the weights all the same.
+        OptionError
+            If they are to be kept in the CPU's memory, and are used there.
         """
         self._model.unload(to_cpu, timeout)
 

@@ -1,9 +1,10 @@
 import json
-import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from engine_helpers import held
+from waiting import eventually
 
 from speechrnt import (
     AudioError,
@@ -77,27 +78,16 @@ class TestJudge:
 
 class TestHealth:
     def test_a_full_queue_is_noticed_and_recovers(self, stt, monkeypatch):
-        release = threading.Event()
-        generate = type(stt.model).generate
-
-        def held(self, *args, **options):
-            assert release.wait(30)
-            return generate(self, *args, **options)
-
-        monkeypatch.setattr(type(stt.model), "generate", held)
         noise = np.random.default_rng(0).uniform(-0.1, 0.1, 16_000)
-        futures = [stt.transcribe_async(noise, "en", vad=False) for _ in range(8)]
-        try:
+        with held(monkeypatch, "generate"):
+            futures = [stt.transcribe_async(noise, "en", vad=False) for _ in range(8)]
             health = stt.health()
             assert not health.ok
             assert "requests under way: 80% of the most allowed." in health.problems
-            while not stt.health(latency_bound_s=0.05).facts.longest_call_s > 0.05:
-                pass
+            eventually(lambda: stt.health(latency_bound_s=0.05).facts.longest_call_s > 0.05)
             problems = " ".join(stt.health(latency_bound_s=0.05).problems)
             assert "A call of the model has run for" in problems
             assert not stt.is_system_healthy()
-        finally:
-            release.set()
         for future in futures:
             future.result()
         stt.transcribe_async(noise, "en", vad=False).result()
@@ -120,18 +110,8 @@ class TestHealth:
         assert stt.health(probe_s=30).ok
 
     def test_a_probe_that_takes_too_long_fails(self, stt, monkeypatch):
-        release = threading.Event()
-        generate = type(stt.model).generate
-
-        def held(self, *args, **options):
-            assert release.wait(30)
-            return generate(self, *args, **options)
-
-        monkeypatch.setattr(type(stt.model), "generate", held)
-        try:
+        with held(monkeypatch, "generate"):
             [problem] = stt.health(probe_s=0.05).problems
-        finally:
-            release.set()
         assert problem == "A decoding failed: it was not done within 0.05 s"
 
     def test_a_closed_engine_is_not_healthy(self):
