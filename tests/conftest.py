@@ -7,6 +7,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# However slow the machine; fixtures may serve many examples.
+settings.register_profile(
+    "exploring",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+# The same examples each time: `--hypothesis-profile=exploring` looks for new ones.
+settings.register_profile("the same", settings.get_profile("exploring"), derandomize=True)
+settings.load_profile("the same")
 
 # huggingface_hub reads these when it is imported: no test reaches the hub or the user's cache.
 _empty_cache = tempfile.TemporaryDirectory(prefix="speechrnt-hub-")

@@ -1,7 +1,7 @@
 """LocalAgreement: what two transcripts of a growing window settle."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from speechrnt.agreement import LocalAgreement, join_words, split_words
@@ -77,7 +77,6 @@ class TestLocalAgreement:
         agreement, _ = follow("a b c d", "a b c d")
         assert agreement.contradicted_by(final.split()) == contradicted
 
-    @settings(derandomize=True, deadline=None)
     @given(st.lists(words, max_size=8))
     def test_committed_text_only_grows_and_was_said_twice(self, transcripts):
         agreement = LocalAgreement()

@@ -1,6 +1,6 @@
 """When samples arrived."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from speechrnt.arrivals import Arrivals
@@ -33,7 +33,6 @@ class TestArrivals:
         assert len(arrivals) == 0
         assert arrivals.of(1) is None
 
-    @settings(derandomize=True, deadline=None)
     @given(st.lists(st.tuples(st.integers(1, 100), st.floats(0, 1)), max_size=30), st.integers(0))
     def test_it_is_a_list_of_all_arrivals_but_for_a_step(self, pieces, sample):
         arrivals, all_of_them = Arrivals(), []

@@ -545,5 +545,5 @@ class AudioPoolModel(RuleBasedStateMachine):
 
 
 def test_audio_pool_model():
-    run = settings(max_examples=40, stateful_step_count=40, deadline=None)
+    run = settings(max_examples=40, stateful_step_count=40)
     run_state_machine_as_test(AudioPoolModel, settings=run)

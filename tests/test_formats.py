@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import faster_whisper
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import speechrnt
@@ -110,7 +110,6 @@ def test_a_time_is_written(time, always, marker, expected):
     assert speechrnt.format_timestamp(time, always, marker) == expected
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1e7), st.booleans(), st.sampled_from([".", ","]))
 def test_any_time_is_written_as_in_faster_whisper(time, always, marker):
     theirs = faster_whisper.format_timestamp(time, always, marker)
@@ -193,7 +192,6 @@ def test_vtt_reads_back(name):
     ]
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_text_leaves_subtitles_readable(text):
     segments = [segment(1, 0.0, 1.0, text), segment(2, 1.0, 2.0, " after")]

@@ -21,7 +21,7 @@ def grown(pool, n_mels, start, places):
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_features_are_those_of_the_window_alone(n_mels, data):
     start = data.draw(st.integers(0, 5000), "start")

@@ -113,7 +113,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(actions=actions)
 def test_any_history_is_that_of_the_oracle(actions):
     queue, oracle, now, added = JobQueue(), Oracle(), 0.0, []

@@ -240,7 +240,7 @@ class TestInstructionSets:
 
 class TestIncremental:
     @given(data=st.data(), n_mels=st.sampled_from([80, 128]))
-    @settings(deadline=None, max_examples=150)
+    @settings(max_examples=150)
     def test_any_chunking_gives_the_offline_bits(self, data, n_mels):
         pcm = noise(data.draw(st.integers(0, 6000), label="n_samples"))
         size = st.one_of(st.sampled_from([0, 1, 40, 159, 160, 161, 200, 400]), st.integers(0, 3000))

@@ -40,7 +40,7 @@ def read(data, cuts, **declared):
 
 class TestChunkInvariance:
     @pytest.mark.parametrize("encoding", PCM_ENCODINGS)
-    @settings(max_examples=15, deadline=None, derandomize=True)
+    @settings(max_examples=15)
     @given(cuts=st.lists(st.integers(0, 4000), max_size=40))
     def test_bytes_may_be_cut_anywhere(self, encoding, cuts):
         data = coded(signal(1000), encoding)
@@ -49,14 +49,14 @@ class TestChunkInvariance:
         assert np.array_equal(read(data, cuts, encoding=encoding), expected)
 
     @pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 44100, 48000])
-    @settings(max_examples=8, deadline=None, derandomize=True)
+    @settings(max_examples=8)
     @given(cuts=st.lists(st.integers(0, 20_000), max_size=20))
     def test_resampling_goes_on_from_piece_to_piece(self, rate, cuts):
         data = coded(signal(10_000), "s16")
         expected = Audio.from_pcm(data, "s16", rate).samples
         assert np.array_equal(read(data, cuts, sample_rate=rate), expected)
 
-    @settings(max_examples=5, deadline=None, derandomize=True)
+    @settings(max_examples=5)
     @given(cuts=st.sets(st.integers(1, 199_999), max_size=3))
     def test_long_pieces_are_like_short_ones(self, cuts):
         samples = signal(200_000)

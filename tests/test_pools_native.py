@@ -192,5 +192,5 @@ class NativePoolModel(RuleBasedStateMachine):
 
 def test_native_pool_model(probe):
     NativePoolModel.probe = probe
-    run = settings(max_examples=60, stateful_step_count=60, deadline=None)
+    run = settings(max_examples=60, stateful_step_count=60)
     run_state_machine_as_test(NativePoolModel, settings=run)

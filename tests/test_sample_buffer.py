@@ -68,9 +68,7 @@ class Comparison(RuleBasedStateMachine):
 
 
 TestComparison = Comparison.TestCase
-TestComparison.settings = settings(
-    max_examples=30, stateful_step_count=30, deadline=None, derandomize=True
-)
+TestComparison.settings = settings(max_examples=30, stateful_step_count=30)
 
 
 @pytest.fixture

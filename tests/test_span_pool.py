@@ -273,7 +273,7 @@ class TestMemoryFunctions:
     def test_any_sequence(self, library):
         machine = type("Machine", (MemoryMachine,), {"library": library})
         machine.TestCase.settings = settings(
-            max_examples=60, stateful_step_count=40, deadline=None, print_blob=False
+            max_examples=60, stateful_step_count=40, print_blob=False
         )
         machine.TestCase("runTest").runTest()
 

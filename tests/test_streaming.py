@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming_helpers import (
     RATE,
@@ -30,9 +30,6 @@ class TestExactness:
     @pytest.mark.parametrize("language", LANGUAGES)
     @settings(
         max_examples=6,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(data=st.data())
     def test_random_chunks(self, stt, recordings, language, data):
@@ -46,9 +43,6 @@ class TestExactness:
 
     @settings(
         max_examples=10,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(data=st.data())
     def test_flushes_at_random_samples(self, stt, recordings, data):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 from faster_whisper.transcribe import get_suppressed_tokens
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from speechrnt.errors import ModelLoadError, OptionError
@@ -146,7 +146,6 @@ def test_texts_are_encoded_as_in_faster_whisper(ours, theirs, text):
     assert ours.decode(ids) == theirs.decode(ids)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_encoded_as_in_faster_whisper(ours, theirs, text):
     ids = ours.encode(text)
@@ -160,7 +159,6 @@ def test_decoding_returns_the_text_that_was_encoded(ours, text):
     assert ours.decode_with_timestamps(ours.encode(text)) == text
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_ids_are_decoded_as_in_faster_whisper(ours, theirs, data):
     ids = data.draw(st.lists(st.integers(0, ours.vocabulary_size - 1), max_size=30))

@@ -48,7 +48,7 @@ def test_a_long_recording_does_not_drift_away_from_the_reference(clips):
     np.testing.assert_allclose(whole(recording), reference(recording), atol=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_probabilities_do_not_depend_on_how_the_frames_are_cut_into_calls(data, speech):
     frames = len(speech) // FRAME_SAMPLES
