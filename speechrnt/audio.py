@@ -9,16 +9,23 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, groupby
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, cast, overload
+from typing import Any, Literal, TypeAlias, TypeGuard, cast, overload
 
 import av
 import numpy as np
-from av.container import InputContainer
 from numpy.typing import NDArray
 
-from .errors import AudioFileError, AudioNotFoundError, InvalidAudioError
+from .audio_file import (
+    BLOCK_SAMPLES,
+    MAX_SAMPLE_RATE,
+    MIN_SAMPLE_RATE,
+    SAMPLE_RATE,
+    AudioFile,
+    AudioReader,
+    resample,
+    type_name,
+)
+from .errors import InvalidAudioError
 
 __all__ = [
     "PCM_ENCODINGS",
@@ -28,24 +35,19 @@ __all__ = [
     "AudioInput",
     "check_sample_rate",
     "decode_audio",
+    "float_blocks",
     "load_audio",
+    "open_audio",
 ]
-
-SAMPLE_RATE = 16_000
-"""Samples per second of everything that leaves this module, unless asked otherwise."""
-
-AudioFile: TypeAlias = str | os.PathLike[str] | BinaryIO
-"""What can be decoded: a path, or a file object opened in binary mode."""
 
 _Samples: TypeAlias = NDArray[np.float32]
 
 _logger = logging.getLogger(__name__)
 
-_MIN_SAMPLE_RATE = 1_000
-_MAX_SAMPLE_RATE = 768_000
-
 # Divisors that bring each accepted dtype to [-1, 1).
 _FULL_SCALE = {"int16": 2**15, "int32": 2**31, "float32": 1, "float64": 1}
+
+_S16_SCALE = 1 / 32768
 
 # Loud music stored as float may pass 1.0, but samples this large are integers in disguise.
 _IMPLAUSIBLE_PEAK = 8.0
@@ -64,29 +66,6 @@ _CONTAINER_MAGICS = (
     *(b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b"\x1aE\xdf\xa3"),
     *(b"ID3\x02", b"ID3\x03", b"ID3\x04"),
 )
-
-# A playlist (HLS, ffconcat, SDP) given as audio would make FFmpeg read other files, or fetch
-# URLs, on behalf of whoever sent it. No protocol has this name, so nothing else is opened.
-_OPEN_NOTHING_ELSE = {"protocol_whitelist": "none"}
-
-# Frames are gathered to about this many samples before they are resampled: one call per frame
-# (20 ms or so of audio) would cost more than the resampling.
-_BLOCK_SAMPLES = 65_536
-
-# A header may claim any duration. Memory is set aside only for what the file could hold at
-# 2 kbit/s, below which no codec for speech goes.
-_MIN_BYTES_PER_S = 250
-
-# FFmpeg's names of formats that state the length of their audio. For others it estimates one from
-# the bit rate of the first frames, which may be far off.
-_FORMATS_STATING_LENGTH = frozenset({"aiff", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "ogg", "wav"})
-
-# Encoder delay and padding make undamaged files differ from the length that they state; Opus in
-# frames of 120 ms most.
-_LENGTH_TOLERANCE_S = 0.25
-
-# Programs that write WAV to a pipe cannot know its size and put 0 or a value from here up.
-_UNKNOWN_RIFF_SIZE = 0x7FFF_F000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,7 +166,7 @@ class Audio:
         if channels not in (1, 2):
             raise InvalidAudioError(f"channels={channels!r} is not supported; use 1 or 2")
         if not isinstance(data, bytes | bytearray | memoryview):
-            raise InvalidAudioError(f"PCM data must be bytes, not {_type_name(data)}")
+            raise InvalidAudioError(f"PCM data must be bytes, not {type_name(data)}")
         if isinstance(data, memoryview) and data.itemsize != 1:
             raise InvalidAudioError(
                 f"PCM data is a memoryview of format {data.format!r}, not of bytes: "
@@ -276,13 +255,47 @@ def load_audio(audio: AudioInput) -> Audio:
                 "(or use Audio.from_pcm if they are PCM after all)"
             )
         return Audio.from_pcm(audio)
-    if isinstance(audio, str | os.PathLike) or hasattr(audio, "read"):
+    if _is_file(audio):
         return Audio.from_file(audio)
     raise InvalidAudioError(
-        f"audio of type {_type_name(audio)} is not accepted: pass a path, a binary file object, "
+        f"audio of type {type_name(audio)} is not accepted: pass a path, a binary file object, "
         "bytes of 16-bit PCM, an Audio, or a 1-D NumPy array at 16 kHz "
         "(numpy.asarray converts lists and CPU tensors)"
     )
+
+
+def open_audio(audio: AudioInput) -> Audio | AudioReader:
+    """Open a file to be decoded piece by piece; bring all other audio to samples at once.
+
+    So is a file decoded whose header does not say how long it is: nothing less would tell.
+
+    Returns
+    -------
+    Audio or AudioReader
+        The reader is of 16 kHz mono and knows its length; see `float_blocks`.
+
+    Raises
+    ------
+    AudioNotFoundError, AudioFileError, InvalidAudioError
+        As `load_audio`.
+    """
+    if not _is_file(audio):
+        return load_audio(audio)
+    reader = AudioReader(audio)
+    if reader.states_length and reader.is_plausible:
+        return reader
+    with reader:
+        return Audio(*_read_all(reader))
+
+
+def float_blocks(audio: Audio | AudioReader) -> Iterator[_Samples]:
+    """Yield the samples in blocks of a few seconds, as `load_audio` would return them."""
+    if isinstance(audio, Audio):
+        for start in range(0, len(audio.samples), BLOCK_SAMPLES):
+            yield audio.samples[start : start + BLOCK_SAMPLES]
+        return
+    for block in audio:
+        yield np.multiply(block, _S16_SCALE, dtype=np.float32)
 
 
 @overload
@@ -338,9 +351,8 @@ def decode_audio(
     return samples
 
 
-def _type_name(value: object) -> str:
-    cls = type(value)
-    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
+def _is_file(audio: object) -> TypeGuard[AudioFile]:
+    return isinstance(audio, str | os.PathLike) or hasattr(audio, "read")
 
 
 def check_sample_rate(rate: float) -> int:
@@ -355,11 +367,11 @@ def check_sample_rate(rate: float) -> int:
         isinstance(rate, bool)
         or not isinstance(rate, int | float | np.integer)
         or not float(rate).is_integer()
-        or not _MIN_SAMPLE_RATE <= rate <= _MAX_SAMPLE_RATE
+        or not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE
     ):
         raise InvalidAudioError(
-            f"the sample rate {rate!r} is not a whole number of Hz from {_MIN_SAMPLE_RATE} to "
-            f"{_MAX_SAMPLE_RATE}"
+            f"the sample rate {rate!r} is not a whole number of Hz from {MIN_SAMPLE_RATE} to "
+            f"{MAX_SAMPLE_RATE}"
         )
     return int(rate)
 
@@ -368,7 +380,7 @@ def _to_float32(samples: NDArray[Any]) -> tuple[_Samples, tuple[str, ...]]:
     """Check samples and bring them to [-1, 1); return them and what looks wrong with them."""
     if not isinstance(samples, np.ndarray):
         raise InvalidAudioError(
-            f"samples must be a NumPy array, not {_type_name(samples)}: use numpy.asarray"
+            f"samples must be a NumPy array, not {type_name(samples)}: use numpy.asarray"
         )
     if isinstance(samples, np.ma.MaskedArray):
         raise InvalidAudioError("array with a mask: say what is there instead, with .filled(0)")
@@ -434,39 +446,16 @@ def _g711_samples(encoding: str) -> NDArray[np.int16]:
 def _resample_array(samples: _Samples, rate: int) -> _Samples:
     if rate == SAMPLE_RATE or not samples.size:
         return samples
-    blocks = _resample(_array_frames(samples, rate), "flt", "mono", SAMPLE_RATE)
+    blocks = resample(_array_frames(samples, rate), "flt", "mono", SAMPLE_RATE)
     return _concatenate(blocks, 1.0, capacity=len(samples) * SAMPLE_RATE // rate + 1)
 
 
 def _array_frames(samples: _Samples, rate: int) -> Iterator[av.AudioFrame]:
-    for start in range(0, len(samples), _BLOCK_SAMPLES):
-        block = samples[np.newaxis, start : start + _BLOCK_SAMPLES]
+    for start in range(0, len(samples), BLOCK_SAMPLES):
+        block = samples[np.newaxis, start : start + BLOCK_SAMPLES]
         frame = av.AudioFrame.from_ndarray(block, format="flt", layout="mono")
         frame.sample_rate = rate
         yield frame
-
-
-def _resample(
-    frames: Iterable[av.AudioFrame], sample_format: str, layout: str, rate: int
-) -> Iterator[NDArray[Any]]:
-    """Yield the resampled samples block by block, channels interleaved."""
-    # Streams that were joined together may change their format on the way; a resampler cannot.
-    for _, run in groupby(frames, lambda f: (f.format.name, f.layout.name, f.sample_rate)):
-        resampler = av.AudioResampler(format=sample_format, layout=layout, rate=rate)
-        for block in chain(_merge(run), [None]):  # None flushes the resampler
-            for resampled in resampler.resample(block):
-                yield resampled.to_ndarray().reshape(-1)
-
-
-def _merge(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:
-    """Join frames of one format to frames of about `_BLOCK_SAMPLES`."""
-    fifo = av.AudioFifo()
-    for frame in frames:
-        fifo.write(frame)
-        if fifo.samples >= _BLOCK_SAMPLES:
-            yield cast("av.AudioFrame", fifo.read())
-    if fifo.samples:
-        yield cast("av.AudioFrame", fifo.read())
 
 
 def _concatenate(blocks: Iterable[NDArray[Any]], scale: float, capacity: int) -> _Samples:
@@ -484,206 +473,10 @@ def _concatenate(blocks: Iterable[NDArray[Any]], scale: float, capacity: int) ->
 
 def _decode_file(file: AudioFile, rate: int, layout: str) -> tuple[_Samples, tuple[str, ...], str]:
     """Return the samples (channels interleaved), the warnings, and the name of the file."""
-    if isinstance(file, str | os.PathLike):
-        name = os.fsdecode(file)
-        with _open(name) as opened:
-            return *_decode(opened, name, rate, layout), name
-    name = _check_file_object(file)
-    return *_decode(file, name, rate, layout), name
+    with AudioReader(file, rate, layout) as reader:
+        return _read_all(reader)
 
 
-def _open(path: str) -> BinaryIO:
-    # Opened here and not by FFmpeg, which would take "a:b.wav" for a protocol.
-    try:
-        return Path(path).open("rb", buffering=0)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if "://" in path:
-            raise AudioNotFoundError(
-                f"{path!r}: URLs are not fetched; download the file and pass its path"
-            ) from error
-        raise AudioNotFoundError(
-            f"{path!r}: no such file (the full path would be {str(Path(path).absolute())!r})"
-        ) from error
-    except IsADirectoryError as error:
-        raise AudioFileError(f"{path!r}: this is a directory; pass one audio file") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise AudioFileError(
-            f"{path!r}: cannot be opened ({error}); pass a file that this user may read"
-        ) from error
-
-
-def _check_file_object(file: BinaryIO) -> str:
-    """Return the name of a binary file object, or raise if it cannot be read."""
-    if not hasattr(file, "read"):
-        raise InvalidAudioError(
-            f"an audio file must be a path or a binary file object, not {_type_name(file)}"
-        )
-    name = getattr(file, "name", None)
-    if not isinstance(name, str):
-        name = type(file).__name__
-    try:
-        nothing: object = file.read(0)
-    except (OSError, ValueError) as error:
-        raise InvalidAudioError(
-            f"{name!r}: the file object cannot be read ({error}); pass one that is open, in "
-            "mode 'rb'"
-        ) from error
-    if not isinstance(nothing, bytes):
-        raise InvalidAudioError(
-            f"{name!r}: the file object reads {_type_name(nothing)} instead of bytes; open the "
-            "file in mode 'rb'"
-        )
-    return name
-
-
-def _decode(file: BinaryIO, name: str, rate: int, layout: str) -> tuple[_Samples, tuple[str, ...]]:
-    try:
-        size, missing = _measure(file)
-        if size == 0:
-            raise AudioFileError(f"{name!r}: the file is empty (0 bytes); give an audio file")
-        with av.open(
-            file, mode="r", options=_OPEN_NOTHING_ELSE, metadata_errors="ignore"
-        ) as container:
-            return _decode_stream(container, name, rate, layout, missing)
-    except (av.FFmpegError, OSError) as error:
-        raise AudioFileError(
-            f"{name!r}: cannot be decoded ({error.strerror or error}); give an audio or video "
-            "file of a format that FFmpeg reads, such as wav, flac, mp3, m4a or ogg, and check "
-            "that it is complete"
-        ) from error
-
-
-def _measure(file: BinaryIO) -> tuple[int | None, int]:
-    """Rewind a seekable file; return its size and how many bytes its RIFF header misses.
-
-    FFmpeg takes the length of a WAV file from its size, so only the header tells that the end
-    is missing. The size of a file that cannot seek is None.
-    """
-    seekable = getattr(file, "seekable", None)
-    if not hasattr(file, "seek") or (seekable is not None and not seekable()):
-        return None, 0
-    file.seek(0, os.SEEK_END)
-    size = file.tell()
-    file.seek(0)
-    head = file.read(8)
-    file.seek(0)
-    riff_size = int.from_bytes(head[4:], "little")
-    if head[:4] != b"RIFF" or riff_size >= _UNKNOWN_RIFF_SIZE:
-        return size, 0
-    return size, max(0, riff_size + len(head) - size)
-
-
-def _decode_stream(
-    container: InputContainer, name: str, rate: int, layout: str, missing: int
-) -> tuple[_Samples, tuple[str, ...]]:
-    if not container.streams.audio:
-        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        raise AudioFileError(
-            f"{name!r}: no audio stream, only {kinds}; give a file with sound in it"
-        )
-    stream = container.streams.audio[0]
-    if stream.codec_context is None:
-        raise AudioFileError(
-            f"{name!r}: FFmpeg has no decoder for this audio; convert the file to wav or flac"
-        )
-    if not _MIN_SAMPLE_RATE <= stream.codec_context.sample_rate <= _MAX_SAMPLE_RATE:
-        raise AudioFileError(
-            f"{name!r}: the header claims a sample rate of {stream.codec_context.sample_rate} "
-            f"Hz; audio from {_MIN_SAMPLE_RATE} to {_MAX_SAMPLE_RATE} Hz can be decoded"
-        )
-
-    duration = _duration(container, stream)
-    plausible = min(duration, max(container.size, 0) / _MIN_BYTES_PER_S)
-    capacity = int(plausible * rate * (2 if layout == "stereo" else 1)) + _BLOCK_SAMPLES
-    reader = _FrameReader(container, stream)
-    blocks = _resample(reader, "s16", layout, rate)
-    samples = _concatenate(blocks, 1 / 32768, capacity)
-
-    stated = duration if _states_length(container, stream) else 0.0
-    if missing and stream.codec_context.bit_rate:
-        stated += 8 * missing / stream.codec_context.bit_rate
-    is_short = reader.seconds < stated - _LENGTH_TOLERANCE_S
-    if not reader.seconds and (is_short or reader.first_error):
-        raise AudioFileError(
-            f"{name!r}: none of the audio can be decoded "
-            f"({reader.first_error or 'no data after the header'}); the file is damaged"
-        ) from reader.first_error
-
-    warnings = []
-    if reader.first_error:
-        warnings.append(
-            f"{name!r}: {reader.errors} damaged packet(s) skipped, the first at "
-            f"{reader.first_error_at:.2f} s ({reader.first_error.strerror})"
-        )
-    if is_short:
-        warnings.append(
-            f"{name!r}: only {reader.seconds:.2f} s of audio could be decoded, of "
-            f"{stated:.2f} s that the header states: the file is cut short or damaged"
-        )
-    return samples, tuple(warnings)
-
-
-def _duration(container: InputContainer, stream: av.AudioStream) -> float:
-    """Return the seconds of audio that FFmpeg expects, or 0.0 if it has no idea."""
-    if stream.duration is not None and stream.time_base is not None:
-        seconds = float(stream.duration * stream.time_base)
-    else:
-        seconds = (container.duration or 0) / av.time_base
-    return max(seconds, 0.0)  # a damaged header may say anything
-
-
-def _states_length(container: InputContainer, stream: av.AudioStream) -> bool:
-    """Tell whether `_duration` is what the header of the file says of this stream."""
-    if container.format.name == "mp3":
-        # The LAME tag, which counts the frames, also holds the delay of the encoder. FFmpeg
-        # shows that as the start time, and gives no other sign of the tag.
-        return bool(stream.start_time)
-    if container.format.name == "matroska,webm":
-        # It states one duration for the whole file, and video may last longer.
-        return len(container.streams) == 1
-    return container.format.name in _FORMATS_STATING_LENGTH
-
-
-class _FrameReader:
-    """Iterate over the frames of a stream, past damaged packets, and keep account of those.
-
-    Attributes
-    ----------
-    seconds : float
-        Decoded so far.
-    errors : int
-        Packets skipped so far.
-    first_error : av.FFmpegError or None
-    first_error_at : float
-        Position in the decoded audio, in seconds.
-    """
-
-    def __init__(self, container: InputContainer, stream: av.AudioStream) -> None:
-        self._packets = container.demux(stream)
-        self.seconds = 0.0
-        self.errors = 0
-        self.first_error: av.FFmpegError | None = None
-        self.first_error_at = 0.0
-
-    def __iter__(self) -> Iterator[av.AudioFrame]:
-        try:
-            for packet in self._packets:
-                try:
-                    frames = packet.decode()
-                except av.FFmpegError as error:
-                    self._note(error)
-                    continue
-                for frame in frames:
-                    self.seconds += frame.samples / frame.sample_rate
-                    frame.pts = None  # the FIFO would insist on timestamps without gaps
-                    yield frame
-        except av.FFmpegError as error:  # the container itself breaks off here
-            self._note(error)
-
-    def _note(self, error: av.FFmpegError) -> None:
-        self.errors += 1
-        if self.first_error is None:
-            # The traceback refers to this object: keeping it would make a reference cycle, and
-            # the decoder's memory would wait for the garbage collector.
-            self.first_error = error.with_traceback(None)
-            self.first_error_at = self.seconds
+def _read_all(reader: AudioReader) -> tuple[_Samples, tuple[str, ...], str]:
+    samples = _concatenate(reader, _S16_SCALE, reader.capacity)
+    return samples, reader.warnings, reader.name
