@@ -30,6 +30,7 @@ from .errors import OptionError
 from .features import FRAMES_PER_SECOND, WINDOW_FRAMES, WINDOW_SECONDS, FeatureExtractor
 from .models import Model
 from .results import Segment, TranscriptionInfo, TranscriptionOptions
+from .segments import Segments
 from .sequential import Hints
 from .speech_timestamps import (
     SpeechTimestampsMap,
@@ -43,7 +44,6 @@ from .tokenizer import TIME_PRECISION
 from .transcribe import (
     APPEND_PUNCTUATIONS,
     PREPEND_PUNCTUATIONS,
-    Segments,
     WhisperModel,
     check_detection,
     check_flag,

@@ -1,7 +1,8 @@
 """Log-mel features cut into the windows that the encoder takes.
 
-Two ways, one interface (`Windows`): `FullContextWindows` is Whisper's own, every window 30 s long
-whatever the audio; `ReducedContextWindows` gives the encoder only the audio and a margin.
+Three ways, one interface (`Windows`): `FullContextWindows` is faster-whisper's, every window 30 s
+long whatever the audio; `OwnMaximumWindows` are as long and need nothing but their own audio;
+`ReducedContextWindows` give the encoder only the audio and a margin.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _mel
 from .audio import SAMPLE_RATE
+from .mel_frames import MelFrames
 
 __all__ = [
     "FRAMES_PER_SECOND",
@@ -41,9 +43,6 @@ _CONTEXT_STEP_FRAMES = 50
 # last frames, judged over the neighbourhood of a short pause.
 _CUT_SEARCH_FRAMES = 3 * FRAMES_PER_SECOND
 _CUT_SMOOTHING_FRAMES = 15
-
-# Hops that the transform of a frame reaches into what is before and after.
-_REACH_HOPS = -(-N_FFT // 2 // HOP_LENGTH)
 
 _LOG10_SILENCE = np.float32(-10.0)
 
@@ -182,16 +181,22 @@ class Window:
 class Windows(ABC):
     """The windows of one recording; each starts where the caller says.
 
+    Used by one thread at a time.
+
     Attributes
     ----------
-    content_frames
-        Mel frames of the recording.
     window_frames
         Mel frames of the longest window.
     """
 
-    content_frames: int
     window_frames: int = WINDOW_FRAMES
+
+    @abstractmethod
+    def content_up_to(self, limit: int) -> int:
+        """Return how many mel frames the recording has, or `limit` if it has more.
+
+        A recording that is read little by little is read no further than it takes to tell.
+        """
 
     @abstractmethod
     def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
@@ -200,6 +205,21 @@ class Windows(ABC):
     def full_context(self, window: Window) -> Window:
         """Return the same audio with the encoder's full context."""
         return window
+
+    @abstractmethod
+    def forget(self, before: int) -> None:
+        """Let go of the audio before a frame, for ever."""
+
+    @abstractmethod
+    def prefetch(self, seek: int) -> None:
+        """Begin with the features of a window that starts at frame `seek` or before.
+
+        Returns at once; a thread computes what is missing, if anything is.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop reading, and free what is held."""
 
 
 class FullContextWindows(Windows):
@@ -219,63 +239,89 @@ class FullContextWindows(Windows):
         self._features = features
         self.window_frames = window_frames
         # The last frame stands for less than a hop of audio and is never decoded.
-        self.content_frames = self._features.shape[1] - 1
+        self._content_frames: int = self._features.shape[1] - 1
+
+    def content_up_to(self, limit: int) -> int:
+        """Return how many mel frames the recording has, or `limit` if it has more."""
+        return min(self._content_frames, limit)
 
     def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
         """Return the window that starts at frame `seek`, `WINDOW_FRAMES` long with its padding."""
-        frames = min(self.window_frames, min(self.content_frames, clip_end) - seek)
+        frames = min(self.window_frames, min(self._content_frames, clip_end) - seek)
         features = np.zeros((1, len(self._features), WINDOW_FRAMES), dtype=np.float32)
         features[0, :, :frames] = self._features[:, seek : seek + frames]
         return Window(seek, frames, features)
 
+    def forget(self, before: int) -> None:
+        """Do nothing: the features are one array."""
 
-class OwnMaximumWindows(Windows):
-    """Windows of 30 s as Whisper was trained: each by itself, followed by silence.
+    def prefetch(self, seek: int) -> None:
+        """Do nothing: all features are there."""
 
-    Their features are computed when they are asked for, so that the first one is there at once.
+    def close(self) -> None:
+        """Free the features."""
+        self._features = self._features[:, :0].copy()
+        self._content_frames = 0
 
-    Parameters
-    ----------
-    samples : (n,) ndarray of float32
-        The recording, 16 kHz mono.
-    n_mels
-        Mel bands of the model.
-    window_frames
-        Most mel frames of audio in one window.
-    """
 
-    def __init__(
-        self, samples: NDArray[np.float32], n_mels: int, window_frames: int = WINDOW_FRAMES
-    ) -> None:
-        self._samples = samples
-        self._n_mels = n_mels
+class _GradualWindows(Windows):
+    """Windows that need no audio but their own: their features are computed as the time comes."""
+
+    def __init__(self, mel: MelFrames, window_frames: int) -> None:
+        self._mel = mel
         self.window_frames = window_frames
-        self.content_frames = len(samples) // HOP_LENGTH
 
-    def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
-        """Return the window that starts at frame `seek`, with no audio from `clip_end` on."""
-        frames = max(0, min(self.window_frames, min(self.content_frames, clip_end) - seek))
-        features = np.full((1, self._n_mels, WINDOW_FRAMES), _LOG10_SILENCE, dtype=np.float32)
-        # A frame reaches beyond its hop, on both sides.
-        before = min(seek, _REACH_HOPS)
-        piece = self._samples[
-            (seek - before) * HOP_LENGTH : (seek + frames + _REACH_HOPS) * HOP_LENGTH
-        ]
-        log10_mel = _mel.log10_mel(piece, self._n_mels)
-        features[0, :, :frames] = log10_mel[:, before : before + frames]
+    def content_up_to(self, limit: int) -> int:
+        """Return how many mel frames the recording has, or `limit` if it has more."""
+        return self._mel.content_up_to(limit)
+
+    def forget(self, before: int) -> None:
+        """Let go of the audio before a frame, for ever."""
+        self._mel.forget(before)
+
+    def prefetch(self, seek: int) -> None:
+        """Begin with the features of a window that starts at frame `seek` or before."""
+        # One frame more tells whether the window is the last.
+        self._mel.prefetch(seek + self.window_frames + 1)
+
+    def close(self) -> None:
+        """Stop reading, and free what is held."""
+        self._mel.close()
+
+    def _window(self, seek: int, frames: int, context: int) -> Window:
+        features = np.full((1, self._mel.n_mels, context), _LOG10_SILENCE, dtype=np.float32)
+        features[0, :, :frames] = self._mel.between(seek, seek + frames)
         _mel.normalize(features[0], out=features[0])
         return Window(seek, frames, features)
 
 
-class ReducedContextWindows(Windows):
+class OwnMaximumWindows(_GradualWindows):
+    """Windows of 30 s as Whisper was trained: each by itself, followed by silence.
+
+    Parameters
+    ----------
+    mel
+        The recording.
+    window_frames
+        Most mel frames of audio in one window.
+    """
+
+    def __init__(self, mel: MelFrames, window_frames: int = WINDOW_FRAMES) -> None:
+        super().__init__(mel, window_frames)
+
+    def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
+        """Return the window that starts at frame `seek`, with no audio from `clip_end` on."""
+        end = self.content_up_to(min(clip_end, seek + self.window_frames))
+        return self._window(seek, max(0, end - seek), WINDOW_FRAMES)
+
+
+class ReducedContextWindows(_GradualWindows):
     """Windows as long as their audio, normalised by their own maximum and padded with silence.
 
     Parameters
     ----------
-    samples : (n,) ndarray of float32
-        The recording, 16 kHz mono.
-    n_mels
-        Mel bands of the model.
+    mel
+        The recording.
     longest_s
         Most seconds of audio in one window. Where the audio goes on, the window ends at its
         quietest place near that length.
@@ -286,24 +332,17 @@ class ReducedContextWindows(Windows):
     """
 
     def __init__(
-        self,
-        samples: NDArray[np.float32],
-        n_mels: int,
-        *,
-        longest_s: float,
-        margin_s: float,
-        floor_s: float = 0.0,
+        self, mel: MelFrames, *, longest_s: float, margin_s: float, floor_s: float = 0.0
     ) -> None:
-        self._log10_mel = _mel.log10_mel(samples, n_mels)
-        self.content_frames = self._log10_mel.shape[1] - 1
-        self._longest = self.window_frames = round(longest_s * FRAMES_PER_SECOND)
+        super().__init__(mel, round(longest_s * FRAMES_PER_SECOND))
         self._margin = round(margin_s * FRAMES_PER_SECOND)
         self._floor = round(floor_s * FRAMES_PER_SECOND)
 
     def at(self, seek: int, clip_end: int = sys.maxsize) -> Window:
         """Return the window that starts at frame `seek`, with no audio from `clip_end` on."""
-        frames = min(self.content_frames, clip_end) - seek
-        if frames > self._longest:
+        longest = self.window_frames
+        frames = self.content_up_to(min(clip_end, seek + longest + 1)) - seek
+        if frames > longest:
             frames = self._quietest_cut(seek)
         return self._window(seek, frames, self._context(frames))
 
@@ -316,22 +355,16 @@ class ReducedContextWindows(Windows):
         context = -(-wanted // _CONTEXT_STEP_FRAMES) * _CONTEXT_STEP_FRAMES
         # CTranslate2 takes an input whose second dimension is not n_mels for an encoder output, and
         # so would take an encoder output of n_mels frames for an input.
-        if -(-context // 2) == len(self._log10_mel):
+        if -(-context // 2) == self._mel.n_mels:
             context += _CONTEXT_STEP_FRAMES
         return min(context, WINDOW_FRAMES)
 
     def _quietest_cut(self, seek: int) -> int:
-        search = min(_CUT_SEARCH_FRAMES, self._longest // 2)
-        end = seek + self._longest
-        loudness = self._log10_mel[:, end - search : end].mean(axis=0)
+        search = min(_CUT_SEARCH_FRAMES, self.window_frames // 2)
+        end = seek + self.window_frames
+        loudness = self._mel.between(end - search, end).mean(axis=0)
         kernel = np.full(_CUT_SMOOTHING_FRAMES, 1 / _CUT_SMOOTHING_FRAMES, dtype=np.float32)
         smooth = np.convolve(loudness, kernel, mode="valid")
         # The latest of equally quiet places: longer windows are fewer windows.
         quietest = len(smooth) - 1 - int(np.argmin(smooth[::-1]))
-        return self._longest - search + quietest + _CUT_SMOOTHING_FRAMES // 2
-
-    def _window(self, seek: int, frames: int, context: int) -> Window:
-        features = np.full((1, len(self._log10_mel), context), _LOG10_SILENCE, dtype=np.float32)
-        features[0, :, :frames] = self._log10_mel[:, seek : seek + frames]
-        _mel.normalize(features[0], out=features[0])
-        return Window(seek, frames, features)
+        return self.window_frames - search + quietest + _CUT_SMOOTHING_FRAMES // 2

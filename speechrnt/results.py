@@ -176,7 +176,8 @@ class TranscriptionInfo:
     language, language_probability
         The language given (probability 1) or detected.
     duration, duration_after_vad
-        Seconds of audio, before and after voice activity detection.
+        Seconds of audio, before and after voice activity detection. Of a file that is decoded
+        window by window, what its header states, until it has been read to the end.
     all_language_probs
         Code and probability of every language, best first; None if nothing was detected.
     transcription_options
@@ -185,7 +186,7 @@ class TranscriptionInfo:
         The `VadOptions` in effect; None without voice activity detection.
     warnings
         What was wrong with the input without making it unusable: a truncated file, an option that
-        the model has no use for.
+        the model has no use for. A file that is decoded window by window may show more at its end.
     """
 
     language: str

@@ -188,7 +188,7 @@ class SequentialDecoder:
     def _window_languages(self, max_windows: int) -> Iterator[LanguageProbabilities]:
         windows = self._windows
         seek = int(self._clips[0] * FRAMES_PER_SECOND) if self._clips else 0
-        if seek >= windows.content_frames:
+        if windows.content_up_to(seek + 1) <= seek:
             seek = 0
         for number in range(max_windows):
             window = windows.at(seek)
@@ -198,7 +198,7 @@ class SequentialDecoder:
                 self._first_encoding = (window.seek, window.frames), encoding
             yield self._model.detect_language(encoding)
             seek += window.frames
-            if seek >= windows.content_frames:
+            if windows.content_up_to(seek + 1) <= seek:
                 return
 
     def segments(self, language: str, progress: Callable[[float], None]) -> Iterator[Segment]:
@@ -216,10 +216,15 @@ class SequentialDecoder:
         prompt_start = 0
         segment_id = 0
         speech_end = 0.0
-        for clip_start, clip_end in self._clips_in_frames():
+        clips = self._clips_in_frames()
+        for number, (clip_start, clip_end) in enumerate(clips):
             seek = clip_start
-            while seek < min(clip_end, windows.content_frames):
+            # Clips may be given in any order.
+            next_start = min((start for start, _ in clips[number + 1 :]), default=sys.maxsize)
+            while seek < windows.content_up_to(min(clip_end, seek + 1)):
+                windows.forget(min(seek, next_start))
                 window = windows.at(seek, clip_end)
+                windows.prefetch(min(clip_end, seek + window.frames))
                 encoding = self._encode(window)
                 if options.multilingual:
                     language = self._model.detect_language(encoding)[0][0]
@@ -241,11 +246,11 @@ class SequentialDecoder:
                     prompt_start = len(transcript)
                 # Times may lie at the very beginning: the window is done with then.
                 seek = found.seek if found.seek > seek else seek + window.frames
-                progress(min(seek, windows.content_frames) / FRAMES_PER_SECOND)
+                progress(windows.content_up_to(seek) / FRAMES_PER_SECOND)
 
-    def _clips_in_frames(self) -> Iterator[tuple[int, int]]:
+    def _clips_in_frames(self) -> list[tuple[int, int]]:
         ends = [round(seconds * FRAMES_PER_SECOND) for seconds in self._clips] or [0]
-        yield from zip(ends[::2], [*ends[1::2], sys.maxsize], strict=False)
+        return list(zip(ends[::2], [*ends[1::2], sys.maxsize], strict=False))
 
     def _initial_prompt(self) -> list[int]:
         prompt = self._options.initial_prompt
@@ -373,7 +378,8 @@ class SequentialDecoder:
         seek = window.seek + min(advance, window.frames)
         if self._reduced_context:
             # There, the model may well place a time in the margin.
-            content_s = self._windows.content_frames / FRAMES_PER_SECOND
+            window_end = window.seek + self._windows.window_frames
+            content_s = self._windows.content_up_to(window_end) / FRAMES_PER_SECOND
             for passage in passages:
                 passage.start = min(passage.start, content_s)
                 passage.end = min(passage.end, content_s)
@@ -402,7 +408,9 @@ class SequentialDecoder:
             if first is not None:
                 made_up = passages[first]
                 seek = round(max(window.start + 1, made_up.start) * FRAMES_PER_SECOND)
-                content_frames = self._windows.content_frames
+                # Whether there is more than the threshold behind it: no more is looked at.
+                reach = (made_up.end + threshold) * FRAMES_PER_SECOND + 2
+                content_frames = self._windows.content_up_to(int(min(reach, sys.maxsize)))
                 content_s = content_frames * FeatureExtractor.time_per_frame
                 if content_s - made_up.end < threshold:
                     seek = content_frames

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any, BinaryIO, Literal
@@ -14,9 +14,9 @@ import ctranslate2
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from .audio import SAMPLE_RATE, AudioInput, load_audio
+from .audio import SAMPLE_RATE, Audio, AudioInput, float_blocks, load_audio, open_audio
+from .audio_file import LENGTH_TOLERANCE_S, AudioReader
 from .decoding import MAX_LENGTH
 from .errors import OptionError
 from .features import (
@@ -30,8 +30,10 @@ from .features import (
     ReducedContextWindows,
     Windows,
 )
+from .mel_frames import MelFrames
 from .models import DEFAULT_MODEL, Model, load_model
 from .results import Segment, TranscriptionInfo, TranscriptionOptions
+from .segments import Progress, Segments
 from .sequential import LanguageProbabilities, SequentialDecoder, most_likely_language
 from .speech_timestamps import (
     SpeechTimestampsMap,
@@ -40,9 +42,10 @@ from .speech_timestamps import (
     get_speech_timestamps,
     vad_options,
 )
+from .system import usable_cores
 from .tokenizer import TIME_PRECISION
 
-__all__ = ["Segments", "WhisperModel"]
+__all__ = ["WhisperModel"]
 
 logger = logging.getLogger("speechrnt")
 
@@ -53,66 +56,6 @@ APPEND_PUNCTUATIONS = "\"'.。,，!！?？:：”)]}、"
 # much silence after the audio: below, stock Whisper weights miss the end of the text and loop.
 _UNDECLARED_FLOOR_S = 10.0
 _UNDECLARED_MARGIN_S = 2.0
-
-
-class Segments(Iterator[Segment]):
-    """The segments of one recording, decoded as they are asked for.
-
-    Iterated by one thread at a time; `cancel` and the progress may be used from any.
-
-    Attributes
-    ----------
-    duration : float
-        Seconds of audio to go through.
-    seconds_done : float
-        Seconds that have been gone through.
-    """
-
-    def __init__(
-        self,
-        decode: Callable[[Callable[[float], None]], Iterator[Segment]],
-        duration: float,
-        log_progress: bool = False,
-    ) -> None:
-        self.duration = duration
-        self.seconds_done = 0.0
-        self._cancelled = False
-        self._bar = tqdm(total=duration, unit="s", disable=not log_progress)
-        self._segments = decode(self._progress)
-
-    def __next__(self) -> Segment:
-        self._check()
-        try:
-            segment = next(self._segments)
-        except BaseException:
-            self._bar.close()
-            raise
-        self._check()
-        return segment
-
-    def cancel(self) -> None:
-        """Let no further window be decoded.
-
-        One that is under way is finished, as CTranslate2 cannot be interrupted, and then dropped.
-        Whoever asks for a segment afterwards gets a `concurrent.futures.CancelledError`.
-        """
-        self._cancelled = True
-
-    def close(self) -> None:
-        """End the iteration and free what it holds, as generators do."""
-        self._bar.close()
-        close = getattr(self._segments, "close", None)
-        if close is not None:
-            close()
-
-    def _progress(self, seconds: float) -> None:
-        self._bar.update(seconds - self.seconds_done)
-        self.seconds_done = seconds
-        self._check()
-
-    def _check(self) -> None:
-        if self._cancelled:
-            raise CancelledError("the transcription was cancelled")
 
 
 class WhisperModel:
@@ -183,6 +126,8 @@ class WhisperModel:
             **model_kwargs,
         )
         self.feature_extractor = FeatureExtractor(self._model.n_mels)
+        # One core has no time for features while it is computing the model itself.
+        self._prefetches = usable_cores() > 1 or self.model.device != "cpu"
 
     @property
     def model(self) -> ctranslate2.models.Whisper:
@@ -335,19 +280,26 @@ class WhisperModel:
             What the loudness of full-context features is measured against. ``"recording"``: the
             loudest place of all, as faster-whisper does, which means to look at everything before
             the first window. ``"window"``: the loudest place of the same window, as Whisper was
-            trained; the first segment comes sooner and memory stays small.
+            trained. A file is then decoded as the windows need it, one window ahead of the model,
+            and neither its samples nor its features are ever in memory as a whole: keep a file
+            object open until the last segment. That needs a header that states the length; other
+            files, and all with `vad_filter`, are decoded first. Clips in falling order, and
+            windows that the language is detected from, are kept for as long as they are needed.
 
         Returns
         -------
         segments
             Lazy, in order; not to be iterated by two threads at once.
         info
-            Language, duration, options and warnings.
+            Language, duration, options and warnings. Of a file that is decoded window by window,
+            the duration is what the header states; after the last segment, if it was read to its
+            end, duration and warnings are those of the decoded audio.
 
         Raises
         ------
         AudioError
-            If the audio cannot be read or is not usable.
+            If the audio cannot be read or is not usable. Where it fails further on, the segments
+            raise it.
         OptionError
             If an option is unknown or out of range.
         """
@@ -400,55 +352,68 @@ class WhisperModel:
                 f"normalization: must be 'recording' or 'window', not {normalization!r}"
             )
         floor_s = self._context_floor(audio_context)
-        source = load_audio(audio)
-        samples, duration = source.samples, source.duration
-        warnings += source.warnings
-        del source, audio  # what was decoded here is freed as soon as it is not needed any more
-        speech = None
-        if vad_filter:
-            spans = get_speech_timestamps(samples, vad)
-            [samples], [_] = collect_chunks(samples, spans)
-            speech = SpeechTimestampsMap(spans) if spans else None
-        duration_after_vad = len(samples) / SAMPLE_RATE
-        reduced = self._reduced_windows(samples, floor_s, window_frames)
-        windows: Windows
-        if reduced is not None:
-            windows = reduced
-        elif normalization == "window":
-            windows = OwnMaximumWindows(samples, self._model.n_mels, window_frames)
-        else:
-            power = self.feature_extractor.power_spectrum(samples)
-            del samples
-            windows = FullContextWindows(self.feature_extractor.log_mel(power), window_frames)
-            del power
-        transcription = SequentialDecoder(
-            self._model, windows, options, task, reduced is not None, clips, speech
-        )
-        all_language_probs, language_probability = None, 1.0
-        if language is None:
-            detected = transcription.detect_language(
-                language_detection_segments, language_detection_threshold
+        with ExitStack() as held:
+            # The voice activity detector goes through the whole recording before the first window.
+            is_gradual = normalization == "window" and not vad_filter
+            source = open_audio(audio) if is_gradual else load_audio(audio)
+            del audio  # what was decoded here is freed as soon as it is not needed any more
+            reader = source if isinstance(source, AudioReader) else None
+            if reader is not None:
+                held.callback(reader.close)
+            duration = duration_after_vad = _seconds(source)
+            warnings += source.warnings
+            speech = None
+            if isinstance(source, Audio) and vad_filter:
+                spans = get_speech_timestamps(source.samples, vad)
+                [samples], [_] = collect_chunks(source.samples, spans)
+                source = Audio(samples)
+                del samples
+                speech = SpeechTimestampsMap(spans) if spans else None
+                duration_after_vad = source.duration
+            is_by_window = normalization == "window"
+            windows: Windows | None = self._gradual_windows(
+                source, floor_s, window_frames, is_by_window
             )
-            language, language_probability = detected.code, detected.probability
-            all_language_probs = detected.all_probabilities
-            logger.debug("detected %r with probability %.2f", language, language_probability)
-        info = TranscriptionInfo(
-            language=language,
-            language_probability=language_probability,
-            duration=duration,
-            duration_after_vad=duration_after_vad,
-            all_language_probs=all_language_probs,
-            transcription_options=options,
-            vad_options=vad if vad_filter else None,
-            warnings=tuple(warnings),
-        )
-        code = language
-        segments = Segments(
-            lambda progress: transcription.segments(code, progress),
-            windows.content_frames / FRAMES_PER_SECOND,
-            log_progress,
-        )
-        return segments, info
+            if windows is None:
+                assert isinstance(source, Audio)
+                power = self.feature_extractor.power_spectrum(source.samples)
+                del source
+                windows = FullContextWindows(self.feature_extractor.log_mel(power), window_frames)
+                del power
+            else:
+                del source
+            held.callback(windows.close)
+            is_reduced = isinstance(windows, ReducedContextWindows)
+            transcription = SequentialDecoder(
+                self._model, windows, options, task, is_reduced, clips, speech
+            )
+            all_language_probs, language_probability = None, 1.0
+            if language is None:
+                detected = transcription.detect_language(
+                    language_detection_segments, language_detection_threshold
+                )
+                language, language_probability = detected.code, detected.probability
+                all_language_probs = detected.all_probabilities
+                logger.debug("detected %r with probability %.2f", language, language_probability)
+            info = TranscriptionInfo(
+                language=language,
+                language_probability=language_probability,
+                duration=duration,
+                duration_after_vad=duration_after_vad,
+                all_language_probs=all_language_probs,
+                transcription_options=options,
+                vad_options=vad if vad_filter else None,
+                warnings=tuple(warnings),
+            )
+            code = language
+
+            def decode(progress: Progress) -> Iterator[Segment]:
+                yield from transcription.segments(code, progress)
+                if reader is not None:
+                    _complete(info, reader, progress)
+
+            release = held.pop_all().close
+        return Segments(decode, _in_hops(duration_after_vad), log_progress, release), info
 
     @property
     def model_is_loaded(self) -> bool:
@@ -552,26 +517,66 @@ class WhisperModel:
             audio_context = "auto" if self._model.capabilities.variable_context else "full"
         return _context_floor(audio_context)
 
-    def _reduced_windows(
-        self, samples: NDArray[np.float32], floor_s: float | None, window_frames: int
-    ) -> ReducedContextWindows | None:
-        """Return the windows to use with a reduced context, None where it shall be full."""
-        if floor_s is None:
+    def _gradual_windows(
+        self,
+        source: Audio | AudioReader,
+        floor_s: float | None,
+        window_frames: int,
+        is_by_window: bool,
+    ) -> OwnMaximumWindows | ReducedContextWindows | None:
+        """Return windows that need no audio but their own; None for faster-whisper's."""
+        if floor_s is None and not is_by_window:
             return None
+        mel = MelFrames(
+            float_blocks(source),
+            self._model.n_mels,
+            self._prefetches,
+            source.close if isinstance(source, AudioReader) else None,
+        )
+        # What cannot be read at all is an error now.
+        mel.content_up_to(1)
         capabilities = self._model.capabilities
         margin_s = capabilities.margin_s
-        if not capabilities.variable_context:
-            if len(samples) > WINDOW_SECONDS * SAMPLE_RATE:
-                return None
-            floor_s = floor_s or _UNDECLARED_FLOOR_S
-            margin_s = _UNDECLARED_MARGIN_S
-        return ReducedContextWindows(
-            samples,
-            self._model.n_mels,
-            longest_s=min(capabilities.max_window_s, window_frames / FRAMES_PER_SECOND),
-            margin_s=margin_s,
-            floor_s=floor_s,
+        if floor_s is not None and not capabilities.variable_context:
+            mel.content_up_to(WINDOW_FRAMES + 1)
+            if mel.n_samples > WINDOW_SECONDS * SAMPLE_RATE:
+                floor_s = None
+            else:
+                floor_s = floor_s or _UNDECLARED_FLOOR_S
+                margin_s = _UNDECLARED_MARGIN_S
+        if floor_s is not None:
+            longest_s = min(capabilities.max_window_s, window_frames / FRAMES_PER_SECOND)
+            return ReducedContextWindows(
+                mel, longest_s=longest_s, margin_s=margin_s, floor_s=floor_s
+            )
+        return OwnMaximumWindows(mel, window_frames) if is_by_window else None
+
+
+def _seconds(source: Audio | AudioReader) -> float:
+    """Return how long a recording is, by its header where it is not decoded yet."""
+    return source.expected_s if isinstance(source, AudioReader) else source.duration
+
+
+def _in_hops(seconds: float) -> float:
+    """Return the part of a recording that is a whole number of mel frames."""
+    return round(seconds * SAMPLE_RATE) // HOP_LENGTH / FRAMES_PER_SECOND
+
+
+def _complete(info: TranscriptionInfo, reader: AudioReader, progress: Progress) -> None:
+    """Say of a recording what only its end tells, if it was read up to there."""
+    if reader.duration is None:
+        return
+    warnings = reader.warnings
+    if reader.duration > reader.expected_s + LENGTH_TOLERANCE_S:
+        warnings += (
+            f"{reader.name!r}: {reader.duration:.2f} s of audio were decoded, where the header "
+            f"states {reader.expected_s:.2f} s",
         )
+    for warning in warnings:
+        logger.warning(warning)
+    info.warnings += warnings
+    info.duration = info.duration_after_vad = reader.duration
+    progress.duration = _in_hops(reader.duration)
 
 
 def detect_language(
