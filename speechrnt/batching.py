@@ -153,6 +153,8 @@ class DispatcherStatistics:
         Jobs that a model worker has now.
     batch_sizes : Mapping of int to int
         How many times the decoder was called for so many windows.
+    batch_room : int
+        For how many windows those calls would have been worth their while, all together.
     isolated : int
         Batches that failed, and were done again window by window.
     encode_s, decode_s : float
@@ -168,6 +170,7 @@ class DispatcherStatistics:
     queued: Mapping[Priority, int]
     running: int
     batch_sizes: Mapping[int, int]
+    batch_room: int
     isolated: int
     encode_s: float
     decode_s: float
@@ -229,6 +232,7 @@ class Dispatcher:
         self._busy_since: dict[threading.Thread, float] = {}
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
+        self._batch_room = 0
         self._encode_s = 0.0
         self._decode_s = 0.0
         self._threads = [
@@ -300,6 +304,7 @@ class Dispatcher:
                 queued=self._queue.sizes,
                 running=self._running,
                 batch_sizes=dict(self._batch_sizes),
+                batch_room=self._batch_room,
                 isolated=self._counts["isolated"],
                 encode_s=self._encode_s,
                 decode_s=self._decode_s,
@@ -538,9 +543,11 @@ class Dispatcher:
         else:
             outputs = self._decode_joined(batch, prompts, options)
         decode_s = time.monotonic() - started
+        _, room = self._sizes.of(job.frames)
         with self._changed:
             self._decode_s += decode_s
             self._batch_sizes[len(batch)] += 1
+            self._batch_room += max(room, len(batch))
         return [
             JobResult(
                 output=output,

@@ -62,6 +62,9 @@ class OptimizationConfig:
         Threads of each call on the CPU; None: 1 up to 4 cores, a quarter of the cores beyond.
     cleanup_interval_s
         Seconds between two rounds that free what is idle.
+    stall_after_s
+        Seconds after which a task that has not ended, or a stream of which nothing came, counts as
+        stalled.
 
     Raises
     ------
@@ -84,6 +87,7 @@ class OptimizationConfig:
     model_workers: int | None = None
     cpu_threads: int | None = None
     cleanup_interval_s: float = 2.0
+    stall_after_s: float = 30.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -154,6 +158,7 @@ _RANGES: dict[str, tuple[type, float, float, bool]] = {
     "model_workers": (Integral, 1, 64, True),
     "cpu_threads": (Integral, 1, 256, True),
     "cleanup_interval_s": (Real, 0.01, 3600, False),
+    "stall_after_s": (Real, 0.01, 3600, False),
 }
 
 

@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _mel, gpu, mempool
+from ._gpu_types import GpuMemoryHealth, GpuMemoryStatistics
 from .errors import OptionError, PoolExhausted
-from .pools import AudioBufferPool, PoolLimits
+from .pools import AudioBufferPool, PoolLimits, PoolStatistics
 
 __all__ = ["FeatureHandover", "HandoverStatistics", "open_handover", "status", "why_off"]
 
@@ -55,11 +56,17 @@ class HandoverStatistics:
         Batches that went CTranslate2's way, as a pool was at its limit.
     copied_bytes
         What was copied to the GPU from page-locked memory.
+    pool
+        The memory on the GPU.
+    staging
+        The page-locked memory.
     """
 
     handed_over: int
     fallbacks: int
     copied_bytes: int
+    pool: GpuMemoryStatistics
+    staging: PoolStatistics
 
 
 class FeatureHandover:
@@ -157,7 +164,24 @@ class FeatureHandover:
     def statistics(self) -> HandoverStatistics:
         """Read the counters."""
         with self._counting:
-            return HandoverStatistics(*self._counters)
+            handed_over, fallbacks, copied_bytes = self._counters
+        return HandoverStatistics(
+            handed_over=handed_over,
+            fallbacks=fallbacks,
+            copied_bytes=copied_bytes,
+            pool=self.pool.statistics(),
+            staging=self._staging.statistics(),
+        )
+
+    def health(self) -> GpuMemoryHealth:
+        """Judge the memory on the GPU."""
+        health: GpuMemoryHealth = self.pool.health()
+        return health
+
+    @property
+    def staging_use(self) -> float:
+        """Page-locked memory in use, as a share of its limit."""
+        return self._staging.health().utilisation
 
 
 def open_handover(

@@ -7,28 +7,55 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
+from ._gpu_types import GpuMemoryHealth
 from ._sched_types import SchedulerStatistics
 from .batching import DispatcherStatistics
+from .handover import HandoverStatistics
 from .inference_memory import InferenceMemory
 from .latency import HistogramSnapshot
+from .mempool import GpuInferenceMemory
 from .pools import PoolStatistics
 from .stream_registry import StreamStatistics
 from .utterance import UtteranceStatistics
 
-__all__ = ["EngineHealth", "EngineStatistics", "HealthFacts", "as_json", "judge", "report"]
+__all__ = [
+    "EngineHealth",
+    "EngineStatistics",
+    "GpuStatistics",
+    "HealthFacts",
+    "as_json",
+    "judge",
+    "report",
+]
 
 MIB = 1 << 20
 
 _MEMORY_BOUND = 0.9
 _QUEUE_BOUND = 0.8
-_FRAGMENTATION_BOUND = 0.25
-# Fragmentation matters where so much of the reserved memory is free.
-_FRAGMENTED_FREE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class GpuStatistics:
+    """What an engine has on a GPU.
+
+    Attributes
+    ----------
+    device : int
+        Number of the GPU.
+    handover
+        The features' way there, with the pools that they go through; None if that is CTranslate2's.
+    inference
+        CTranslate2's memory there, which all engines on this GPU share; None if it cannot be told.
+    """
+
+    device: int
+    handover: HandoverStatistics | None
+    inference: GpuInferenceMemory | None
 
 
 @dataclass(frozen=True)
@@ -48,12 +75,14 @@ class EngineStatistics:
         ``"cancelled"``; ``"rejected"`` because too many were waiting.
     live : int
         Requests that wait or run.
-    audio_s : float
-        Seconds of audio in completed requests.
+    audio_in_s, audio_out_s : float
+        Seconds of audio that one-shot requests have read, and of those that are completed. Those of
+        streams are in `streams`.
     errors : Mapping of str to int
         Requests and streams that failed, by the class of the exception.
     stages : Mapping of str to HistogramSnapshot
-        Of completed requests; see `StageTimings`.
+        Of completed one-shot requests; see `StageTimings`. Those of single windows, also of
+        streams, are in `utterances`.
     streams
         Streaming utterances.
     utterances, dispatcher, scheduler
@@ -62,6 +91,8 @@ class EngineStatistics:
         The pools.
     inference_memory
         CTranslate2's memory on the CPU, which all engines of the process share.
+    gpu
+        Memory on the GPU; None if the model is not on one.
     """
 
     total_memory_usage_mb: float
@@ -69,7 +100,8 @@ class EngineStatistics:
     average_transcription_latency_ms: float
     requests: Mapping[str, int]
     live: int
-    audio_s: float
+    audio_in_s: float
+    audio_out_s: float
     errors: Mapping[str, int]
     stages: Mapping[str, HistogramSnapshot]
     streams: StreamStatistics
@@ -79,13 +111,39 @@ class EngineStatistics:
     audio_buffers: PoolStatistics
     results: PoolStatistics
     inference_memory: InferenceMemory
+    gpu: GpuStatistics | None
 
     @property
     def mean_batch_size(self) -> float:
         """Windows per call of the decoder; 0 before the first."""
         calls = sum(self.dispatcher.batch_sizes.values())
-        windows = sum(size * count for size, count in self.dispatcher.batch_sizes.items())
-        return windows / calls if calls else 0.0
+        return self._decoded_windows / calls if calls else 0.0
+
+    @property
+    def batch_fill(self) -> float:
+        """Windows in calls of the decoder, as a share of what would have paid; 0 before any."""
+        room = self.dispatcher.batch_room
+        return self._decoded_windows / room if room else 0.0
+
+    @property
+    def sheds(self) -> Mapping[str, int]:
+        """What was not taken or was dropped under load, by what it is.
+
+        ``"requests"``, ``"streams"``, ``"chunks"`` of audio and ``"jobs"`` were refused with
+        `Overloaded`; ``"partials"`` came too late to be worth the model's time or the caller's.
+        """
+        counts = self.streams.counts
+        return {
+            "requests": self.requests["rejected"],
+            "streams": self.streams.refused,
+            "chunks": counts["refused_chunks"],
+            "partials": counts["expired_partials"] + counts["stale_partials"],
+            "jobs": self.dispatcher.rejected,
+        }
+
+    @property
+    def _decoded_windows(self) -> int:
+        return sum(size * count for size, count in self.dispatcher.batch_sizes.items())
 
 
 @dataclass(frozen=True)
@@ -104,8 +162,8 @@ class HealthFacts:
         Workers of the scheduler that are at one task for too long, and for how long.
     stalled_streams : int
         Streams whose audio nothing comes of.
-    fragmentation, free_share : float or None
-        Of the GPU's pool: ``1 - largest_free / free``, and free memory as a share of the reserved.
+    gpu_pool : GpuMemoryHealth or None
+        Of the pool on the GPU, fragmentation included; None if there is none.
     closed : bool
         Whether the engine is closed.
     probe : str or None
@@ -118,8 +176,7 @@ class HealthFacts:
     longest_call_s: float
     stalled_workers: Mapping[int, float]
     stalled_streams: int
-    fragmentation: float | None
-    free_share: float | None
+    gpu_pool: GpuMemoryHealth | None
     closed: bool
     probe: str | None
 
@@ -170,12 +227,8 @@ def judge(facts: HealthFacts, latency_bound_s: float) -> EngineHealth:
         problems.append(f"Worker {worker} has been at one task for {seconds:.1f} s.")
     if facts.stalled_streams:
         problems.append(f"{facts.stalled_streams} streams get no text for their audio.")
-    if (
-        facts.fragmentation is not None
-        and facts.fragmentation > _FRAGMENTATION_BOUND
-        and (facts.free_share or 0) > _FRAGMENTED_FREE_SHARE
-    ):
-        problems.append(f"The GPU's memory is fragmented: {facts.fragmentation:.0%}.")
+    if facts.gpu_pool is not None:
+        problems += [f"GPU pool: {problem}." for problem in facts.gpu_pool.problems]
     if facts.probe is not None:
         problems.append(f"A decoding failed: {facts.probe}")
     return EngineHealth(not problems, tuple(problems), facts)
@@ -183,10 +236,12 @@ def judge(facts: HealthFacts, latency_bound_s: float) -> EngineHealth:
 
 def as_json(statistics: EngineStatistics) -> str:
     """Return statistics as JSON: objects of numbers, by the names of the attributes."""
-    return json.dumps(_plain(asdict(statistics)), indent=2)
+    return json.dumps(_plain(statistics), indent=2)
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in _public(value)}
     if isinstance(value, Mapping):
         return {_name(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -194,6 +249,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _public(value: Any) -> list[str]:
+    """Return the names of a dataclass's fields, and of what it computes of them."""
+    computed = [name for name, each in vars(type(value)).items() if isinstance(each, property)]
+    names = [*(field.name for field in fields(value)), *computed]
+    return [name for name in names if not name.startswith("_")]
 
 
 def _name(key: Any) -> str:
@@ -208,30 +270,68 @@ def report(statistics: EngineStatistics) -> str:
         ("Memory", f"{s.total_memory_usage_mb:.0f} MiB resident; audio buffers "
          f"{_pool(s.audio_buffers)}; inference {_inference(s.inference_memory)}"),
         ("Threads", f"{s.active_threads}"),
-        ("Requests", ", ".join(f"{count} {name}" for name, count in s.requests.items())
-         + f", {s.live} live; {s.audio_s:.1f} s of audio"),
+        ("Requests", f"{_counts(s.requests)}, {s.live} live; "
+         f"{_audio(s.audio_in_s, s.audio_out_s)}"),
         ("Latency", f"{_times(total)} (mean {s.average_transcription_latency_ms:.0f} ms)"),
         *((f"  {stage}", _times(times)) for stage, times in s.stages.items() if stage != "total"),
         ("Streams", f"{streams.open} open, {streams.started} started, {streams.refused} refused; "
          f"{streams.counts['finals']} finals, {streams.counts['partials']} partials, "
-         f"{streams.counts['revised_finals']} revised"),
+         f"{streams.counts['revised_finals']} revised; "
+         f"{_audio(streams.audio_in_s, streams.audio_out_s)}"),
+         ("  ended", _counts({name: streams.counts[name] for name in
+                              ("finalized", "cancelled", "failed", "idle", "too_long")})),
         ("  to final text", _times(streams.ttfs)),
         ("  partial lag", _times(streams.partial_lag)),
         ("Windows", f"{s.utterances.windows}, of these {s.utterances.silent} silent, "
          f"{s.utterances.retried} decoded twice, {s.utterances.cut_off} cut off"),
+        *((f"  {stage}", _times(times)) for stage, times in s.utterances.stages.items()),
         ("Model", f"{dispatcher.encode_s:.2f} s encoding, {dispatcher.decode_s:.2f} s decoding, "
-         f"{s.mean_batch_size:.2f} windows a batch; {sum(dispatcher.queued.values())} jobs queued, "
-         f"{dispatcher.running} running, {dispatcher.expired} expired, "
-         f"{dispatcher.cancelled} cancelled, {dispatcher.failed} failed"),
+         f"{s.mean_batch_size:.2f} windows a batch ({s.batch_fill:.0%} of what pays); "
+         f"{sum(dispatcher.queued.values())} jobs queued, {dispatcher.running} running, "
+         f"{dispatcher.expired} expired, {dispatcher.cancelled} cancelled, "
+         f"{dispatcher.failed} failed"),
+        ("Shed", _counts(s.sheds)),
     ]  # fmt: skip
+    if s.gpu is not None:
+        lines += _gpu_lines(s.gpu)
     if s.scheduler is not None:
         tasks = sum(s.scheduler.executed.values())
         busy = ", ".join(f"{worker.utilisation:.0%}" for worker in s.scheduler.workers)
-        lines.append(("Scheduler", f"{tasks} tasks, {s.scheduler.stolen} stolen; awake {busy}"))
+        queued = sum(s.scheduler.queued.values())
+        lines.append(
+            ("Scheduler", f"{tasks} tasks, {s.scheduler.stolen} stolen, {queued} queued; "
+             f"awake {busy}")
+        )  # fmt: skip
     if s.errors:
-        lines.append(("Errors", ", ".join(f"{n} {name}" for name, n in s.errors.items())))
+        lines.append(("Errors", _counts(s.errors)))
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:{width}}{text}" for name, text in lines)
+
+
+def _gpu_lines(gpu: GpuStatistics) -> Iterable[tuple[str, str]]:
+    name = f"GPU {gpu.device}"
+    if gpu.inference is not None:
+        memory = gpu.inference
+        yield (
+            name,
+            f"inference {memory.in_use / MIB:.0f} of {memory.reserved / MIB:.0f} MiB in use",
+        )
+    if gpu.handover is not None:
+        pool = gpu.handover.pool
+        yield (
+            f"{name} pool",
+            f"{pool.describe()}; fragmentation {pool.fragmentation:.0%}, "
+            f"utilisation {pool.utilisation:.0%}; {gpu.handover.handed_over} batches, "
+            f"{gpu.handover.fallbacks} past it; page-locked {_pool(gpu.handover.staging)}",
+        )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def _audio(in_s: float, out_s: float) -> str:
+    return f"{in_s:.1f} s of audio in, {out_s:.1f} s out"
 
 
 def _pool(pool: PoolStatistics) -> str:

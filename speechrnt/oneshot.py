@@ -119,6 +119,8 @@ class Request:
         Samples at which the windows are cut and the search for speech begins anew.
     on_over
         Called once with the request when it is done, failed or cancelled, and holds nothing more.
+    on_read
+        Called once with the seconds of its audio, when they are known.
 
     Raises
     ------
@@ -150,12 +152,14 @@ class Request:
         deadline: float | None = None,
         client: Hashable | None = None,
         flushes: tuple[int, ...] = (),
+        on_read: Callable[[float], None] | None = None,
     ) -> None:
         self._started = time.perf_counter()
         self._pipeline = pipeline
         self._plan = plan
         self._priority = priority
         self._on_over: Callable[[Request], None] | None = on_over
+        self._on_read = on_read
         self._flushes = [*flushes]
         self._lock = threading.Lock()
         self._is_reading = False  # somebody is in `_read`, or about to be
@@ -242,6 +246,9 @@ class Request:
         self._ends = [*(at for at in self._flushes if at < len(samples)), len(samples)]
         self.duration = audio.duration
         self._warnings = (*self._plan.warnings, *audio.warnings)
+        on_read, self._on_read = self._on_read, None
+        if on_read is not None:
+            on_read(self.duration)
 
     def _cut_slice(self) -> bool:
         """Add the windows of the next stretch; return whether anything follows it."""
@@ -327,6 +334,7 @@ class Request:
         if buffer is not None:
             buffer.release()
         # Whoever keeps the future keeps this request, but not the engine.
+        self._on_read = None
         on_over, self._on_over = self._on_over, None
         if on_over is not None:
             on_over(self)

@@ -19,7 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from .latency import HistogramSnapshot
-from .monitoring import EngineStatistics
+from .monitoring import EngineStatistics, GpuStatistics
 
 __all__ = ["EngineCollector"]
 
@@ -77,17 +77,33 @@ class EngineCollector(Collector):
             requests.add_metric([outcome], count)
         yield requests
         yield _gauge("requests_live", "One-shot requests that wait or run.", s.live)
-        yield _counter("audio_seconds", "Audio in completed requests.", s.audio_s)
+        audio = CounterMetricFamily(
+            "speechrnt_audio_seconds",
+            "Audio that was taken, and that was transcribed.",
+            labels=["kind", "direction"],
+        )
+        for kind, each in (("request", s), ("stream", streams)):
+            audio.add_metric([kind, "in"], each.audio_in_s)
+            audio.add_metric([kind, "out"], each.audio_out_s)
+        yield audio
+        sheds = CounterMetricFamily(
+            "speechrnt_sheds", "What was not taken, or was dropped, under load.", labels=["what"]
+        )
+        for what, count in s.sheds.items():
+            sheds.add_metric([what], count)
+        yield sheds
         errors = CounterMetricFamily("speechrnt_errors", "Failures.", labels=["code"])
         for code, count in s.errors.items():
             errors.add_metric([code], count)
         yield errors
-        stages = HistogramMetricFamily(
-            "speechrnt_stage_seconds", "Time of the stages of requests.", labels=["stage"]
-        )
-        for stage, times in s.stages.items():
-            stages.add_metric([stage], _buckets(times), times.sum_s)
-        yield stages
+        for name, text, by_stage in (
+            ("stage_seconds", "Time of the stages of requests.", s.stages),
+            ("window_seconds", "Time of the stages of windows.", s.utterances.stages),
+        ):
+            stages = HistogramMetricFamily(f"speechrnt_{name}", text, labels=["stage"])
+            for stage, times in by_stage.items():
+                stages.add_metric([stage], _buckets(times), times.sum_s)
+            yield stages
 
         yield _gauge("streams_open", "Streams that are not closed.", streams.open)
         yield _counter("streams_started", "Streams that were started.", streams.started)
@@ -122,6 +138,9 @@ class EngineCollector(Collector):
         for size, count in dispatcher.batch_sizes.items():
             batches.add_metric([str(size)], count)
         yield batches
+        yield _counter(
+            "batch_room", "Windows that would have paid in those.", dispatcher.batch_room
+        )
         model = CounterMetricFamily(
             "speechrnt_model_seconds", "Time in calls of the model.", labels=["part"]
         )
@@ -137,7 +156,10 @@ class EngineCollector(Collector):
         lookups = CounterMetricFamily(
             "speechrnt_pool_acquires", "What was acquired.", labels=["pool", "outcome"]
         )
-        for name, pool in (("audio_buffers", s.audio_buffers), ("results", s.results)):
+        pools = [("audio_buffers", s.audio_buffers), ("results", s.results)]
+        if s.gpu is not None and s.gpu.handover is not None:
+            pools.append(("page_locked", s.gpu.handover.staging))
+        for name, pool in pools:
             in_use.add_metric([name], pool.in_use)
             reserved.add_metric([name], pool.reserved_bytes)
             for outcome in ("hits", "misses", "overflows"):
@@ -146,12 +168,53 @@ class EngineCollector(Collector):
         yield in_use
         yield reserved
         yield lookups
+        if s.gpu is not None:
+            yield from _gpu(s.gpu)
         if s.scheduler is not None:
             tasks = CounterMetricFamily("speechrnt_tasks", "Tasks.", labels=["priority"])
             for priority, count in s.scheduler.executed.items():
                 tasks.add_metric([priority.name.lower()], count)
             yield tasks
             yield _counter("tasks_stolen", "Tasks taken from other workers.", s.scheduler.stolen)
+            waiting = GaugeMetricFamily(
+                "speechrnt_queue_tasks", "Tasks that wait for a worker.", labels=["priority"]
+            )
+            for priority, count in s.scheduler.queued.items():
+                waiting.add_metric([priority.name.lower()], count)
+            yield waiting
+
+
+def _gpu(gpu: GpuStatistics) -> Iterator[Metric]:
+    sizes = GaugeMetricFamily(
+        "speechrnt_gpu_memory_bytes", "Memory on the GPU.", labels=["gpu", "owner", "state"]
+    )
+    number = str(gpu.device)
+    if gpu.inference is not None:
+        for state in ("in_use", "reserved"):
+            sizes.add_metric([number, "inference", state], getattr(gpu.inference, state))
+    if gpu.handover is None:
+        yield sizes
+        return
+    pool = gpu.handover.pool
+    for state in ("in_use", "reserved", "free", "largest_free"):
+        sizes.add_metric([number, "pool", state], getattr(pool, state))
+    yield sizes
+    for name, text, value in (
+        ("fragmentation_ratio", "Free memory outside the largest hole.", pool.fragmentation),
+        ("utilisation_ratio", "Memory in use of the reserved.", pool.utilisation),
+    ):
+        gauge = GaugeMetricFamily(f"speechrnt_gpu_{name}", text, labels=["gpu"])
+        gauge.add_metric([number], value)
+        yield gauge
+    for name, text, value in (
+        ("ooms", "Requests for GPU memory that failed.", pool.ooms),
+        ("defragmentations", "Times that free memory was moved together.", pool.defragmentations),
+        ("batches", "Batches that went through the pool.", gpu.handover.handed_over),
+        ("fallbacks", "Batches that went CTranslate2's way.", gpu.handover.fallbacks),
+    ):
+        counter = CounterMetricFamily(f"speechrnt_gpu_{name}", text, labels=["gpu"])
+        counter.add_metric([number], value)
+        yield counter
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

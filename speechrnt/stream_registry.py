@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from .audio import SAMPLE_RATE
 from .batching import Dispatcher
 from .errors import ModelError, Overloaded, UtteranceError
 from .latency import HistogramSnapshot
@@ -22,8 +23,6 @@ _CALLBACK_THREADS = 16
 
 # With so much model time waiting, another stream would only make all of them late.
 _MOST_BACKLOG_S = 5.0
-
-_STALLED_AFTER_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,13 @@ class StreamStatistics:
         ``committed_words``, ``committed_at_final_words`` of windows that were final, and
         ``final_words``; streams that ``stalled``, were ``idle`` or ``too_long``;
         ``callback_errors``; ``unread_events``, dropped because nobody read any;
-        ``refused_chunks`` of audio, because too much was waiting.
+        ``refused_chunks`` of audio, because too much was waiting; and of the closed streams those
+        ``finalized``, ``cancelled`` and ``failed``.
+    errors : Mapping of str to int
+        Streams that failed, by the class of the exception.
+    audio_in_s, audio_out_s : float
+        Seconds of audio that were pushed, and that finals have come to. The difference waits, is in
+        windows that are open, or went with streams that were cancelled or failed.
     ttfs, partial_lag : HistogramSnapshot
         Seconds from the end of speech to its final; from the arrival of audio to the partial that
         reflects it.
@@ -55,6 +60,9 @@ class StreamStatistics:
     refused: int
     closed: int
     counts: Mapping[str, int]
+    errors: Mapping[str, int]
+    audio_in_s: float
+    audio_out_s: float
     ttfs: HistogramSnapshot
     partial_lag: HistogramSnapshot
 
@@ -68,9 +76,11 @@ class StreamRegistry:
         How many there may be.
     dispatcher
         Tells how many seconds of work wait for the model.
+    stalled_after_s
+        A stream of whose audio nothing came for so long is stalled.
     """
 
-    def __init__(self, most: int, dispatcher: Dispatcher) -> None:
+    def __init__(self, most: int, dispatcher: Dispatcher, stalled_after_s: float = 30.0) -> None:
         self.counters = StreamCounters()
         self._here = here = threading.local()
         self.threads = ThreadPoolExecutor(
@@ -82,6 +92,7 @@ class StreamRegistry:
         self.closed = False
         self._most = most
         self._dispatcher = dispatcher
+        self._stalled_after_s = stalled_after_s
         self._changed = threading.Condition()
         self._streams: dict[str, Stream] = {}
         self._reserved: set[str] = set()
@@ -192,7 +203,7 @@ class StreamRegistry:
         """Look after the streams; for `maintain_on`."""
         now = time.monotonic()
         for stream in list(self._streams.values()):
-            stream.check(now, _STALLED_AFTER_S)
+            stream.check(now, self._stalled_after_s)
 
     def close(self, cancel: bool) -> None:
         """Start no more, and wait until all are closed: finalized, or with `cancel` cancelled."""
@@ -211,12 +222,16 @@ class StreamRegistry:
 
     def statistics(self) -> StreamStatistics:
         """Return what was counted so far. Takes no lock."""
+        taken, told = self.counters.samples
         return StreamStatistics(
             open=len(self._streams),
             started=self._started,
             refused=self._refused,
             closed=self._closed_streams,
             counts=self.counters.snapshot(),
+            errors=self.counters.errors,
+            audio_in_s=taken / SAMPLE_RATE,
+            audio_out_s=told / SAMPLE_RATE,
             ttfs=self.counters.ttfs.snapshot(),
             partial_lag=self.counters.partial_lag.snapshot(),
         )

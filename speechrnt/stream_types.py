@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -135,11 +136,16 @@ class StreamCounters:
         "callback_errors",
         "unread_events",
         "refused_chunks",
+        "finalized",
+        "cancelled",
+        "failed",
     )
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(self.NAMES, 0)
+        self._errors: Counter[str] = Counter()
+        self._samples = 0, 0
         self.ttfs = Histogram()
         self.partial_lag = Histogram()
 
@@ -148,6 +154,27 @@ class StreamCounters:
         with self._lock:
             self._counts[name] += count
 
+    def add_error(self, error: Exception) -> None:
+        """Count why a stream failed."""
+        with self._lock:
+            self._errors[type(error).__name__] += 1
+
+    def add_audio(self, taken: int = 0, told: int = 0) -> None:
+        """Count samples that were pushed, and samples that finals have come to."""
+        with self._lock:
+            before = self._samples
+            self._samples = before[0] + taken, before[1] + told
+
     def snapshot(self) -> Mapping[str, int]:
         """Return the counts of one moment."""
         return self._counts.copy()
+
+    @property
+    def errors(self) -> Mapping[str, int]:
+        """Streams that failed, by the class of the exception."""
+        return self._errors.copy()
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Samples that were pushed, and that finals have come to."""
+        return self._samples

@@ -176,6 +176,7 @@ class Stream:
         self._partial_at = 0  # samples of the last partial
         self._partial_interval_s = options.partial_interval_s
         self._reflected = 0  # samples that the text so far takes into account
+        self._told = 0  # samples that finals have come to
         self._is_flushing = False
         self._language = plan.language or ""
 
@@ -424,6 +425,7 @@ class Stream:
         with self._lock:
             self._received += min(len(samples), room)
             self._arrivals.add(self._received, now)
+        self._counters.add_audio(taken=min(len(samples), room))
         self._is_compact = False
         self._post_audio(samples[:room])
         if len(samples) >= room:
@@ -452,6 +454,7 @@ class Stream:
         if rest is not None and len(rest):
             with self._lock:
                 self._received += len(rest)
+            self._counters.add_audio(taken=len(rest))
             self._post_audio(rest)
         self._post_audio(partial(self._flush, is_end=True))
 
@@ -721,6 +724,7 @@ class Stream:
             return
         pending = self._pending.pop(final.cut.start)
         self._finals.append(final)
+        self._count_told(final.cut.end)
         self._shown = add_text(self._shown[0], final), "", ""
         self._language = final.language
         self._reflected = max(self._reflected, final.cut.end)
@@ -757,8 +761,13 @@ class Stream:
             ttfs_s=ttfs_s,
         )
 
+    def _count_told(self, position: int) -> None:
+        self._counters.add_audio(told=position - self._told)
+        self._told = position
+
     def _settle(self) -> None:
         """Close after the last final."""
+        self._count_told(self._received)
         transcription = transcription_of(
             self._finals,
             self._plan.language,
@@ -771,6 +780,7 @@ class Stream:
     def _fail(self, error: Exception) -> None:
         if self._is_over:
             return
+        self._counters.add_error(error)
         self._emit(Error, code="failed", message=str(error), recoverable=False)
         self._close("failed", lambda future: future.set_exception(error))
 
@@ -785,6 +795,7 @@ class Stream:
         if self._is_over:
             return
         self._is_over = True
+        self._counters.add(reason)
         with self._lock:
             self._state = "closed"
             self._audio.clear()

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from typing_extensions import Self
 
-from . import inference_memory
+from . import inference_memory, mempool
 from ._sched import Priority, Scheduler
 from .audio import SAMPLE_RATE, AudioInput
 from .batch_sizes import BatchSizes, Costs
@@ -41,7 +41,16 @@ from .executor import Executor, InlineExecutor, SchedulerExecutor
 from .latency import STAGES, Histogram
 from .maintenance import Maintainable, Maintenance, maintain_on
 from .models import DEFAULT_MODEL, Model, load_model, resolve_device
-from .monitoring import MIB, EngineHealth, EngineStatistics, HealthFacts, as_json, judge, report
+from .monitoring import (
+    MIB,
+    EngineHealth,
+    EngineStatistics,
+    GpuStatistics,
+    HealthFacts,
+    as_json,
+    judge,
+    report,
+)
 from .oneshot import Request, Transcription
 from .pcm import AudioChunk
 from .plan import Plan, UtteranceOptions, make_plan
@@ -167,7 +176,7 @@ class PerformanceOptimizedSTT:
         self._live: set[Request] = set()
         self._n_live = 0  # with those that are being made
         self._counts: Counter[str] = Counter()
-        self._audio_s = 0.0
+        self._audio_in_s = self._audio_out_s = 0.0
         self._errors: Counter[str] = Counter()
         self._is_closed = False
 
@@ -188,7 +197,9 @@ class PerformanceOptimizedSTT:
         executor: Executor = InlineExecutor()
         if config.enable_async_processing:
             self._scheduler = Scheduler(
-                config.thread_pool_size or cores, stealing=config.enable_work_stealing
+                config.thread_pool_size or cores,
+                stealing=config.enable_work_stealing,
+                stall_after=config.stall_after_s,
             )
             executor = SchedulerExecutor(self._scheduler)
         # Nothing below refers to the engine, which would never be collected.
@@ -211,7 +222,9 @@ class PerformanceOptimizedSTT:
             windows_in_flight,
         )
         self._plan = lru_cache(_PLANS_CACHED)(partial(make_plan, self.model))
-        self._streams = StreamRegistry(config.max_concurrent_utterances, self._dispatcher)
+        self._streams = StreamRegistry(
+            config.max_concurrent_utterances, self._dispatcher, config.stall_after_s
+        )
         self._maintenance: Maintenance | None = None
         if self._scheduler is not None:
             maintained: list[Maintainable] = [
@@ -299,6 +312,7 @@ class PerformanceOptimizedSTT:
                 plan,
                 audio,
                 on_over=self._note_over,
+                on_read=self._note_read,
                 priority=priority,
                 deadline=deadline,
                 client=client,
@@ -461,7 +475,10 @@ class PerformanceOptimizedSTT:
         self._check_process()
         with self._changed:
             counts = {name: self._counts[name] for name in _COUNTS}
-            live, audio_s, errors = self._n_live, self._audio_s, dict(self._errors)
+            live, errors = self._n_live, self._errors.copy()
+            audio_in_s, audio_out_s = self._audio_in_s, self._audio_out_s
+        streams = self._streams.statistics()
+        errors.update(streams.errors)
         stages = {stage: histogram.snapshot() for stage, histogram in self._stages.items()}
         total = stages["total"]
         scheduler = None if self._scheduler is None else self._scheduler.statistics()
@@ -472,16 +489,18 @@ class PerformanceOptimizedSTT:
             average_transcription_latency_ms=1e3 * total.sum_s / max(total.count, 1),
             requests=counts,
             live=live,
-            audio_s=audio_s,
-            errors=errors,
+            audio_in_s=audio_in_s,
+            audio_out_s=audio_out_s,
+            errors=dict(errors),
             stages=stages,
-            streams=self._streams.statistics(),
+            streams=streams,
             utterances=self._pipeline.statistics(),
             dispatcher=self._dispatcher.statistics(),
             scheduler=scheduler,
             audio_buffers=self._buffers.statistics(),
             results=self._results.statistics(),
             inference_memory=inference_memory.statistics(),
+            gpu=self._gpu_statistics(),
         )
 
     statistics = get_performance_statistics
@@ -519,6 +538,11 @@ class PerformanceOptimizedSTT:
             "audio buffers": self._buffers.health().utilisation,
             "results": self._results.health().utilisation,
         }
+        on_gpu, handover = self._gpu_statistics(), self.model.handover
+        if on_gpu is not None and on_gpu.inference is not None and on_gpu.inference.limit:
+            memory["inference memory on the GPU"] = on_gpu.inference.in_use / on_gpu.inference.limit
+        if handover is not None:
+            memory["page-locked memory"] = handover.staging_use
         queues = {
             "requests under way": self._n_live / self.config.max_queued_requests,
             "open streams": self._streams.use,
@@ -539,12 +563,23 @@ class PerformanceOptimizedSTT:
             longest_call_s=longest_call_s,
             stalled_workers=stalled_workers,
             stalled_streams=self._streams.stalled,
-            fragmentation=None,
-            free_share=None,
+            gpu_pool=None if handover is None else handover.health(),
             closed=self._is_closed,
             probe=probe,
         )
         return judge(facts, bound_s)
+
+    def _gpu_statistics(self) -> GpuStatistics | None:
+        whisper, handover = self.model.whisper, self.model.handover
+        if handover is None and whisper.device != "cuda":
+            return None
+        device = whisper.device_index[0] if handover is None else handover.device
+        inference = None
+        try:
+            inference = mempool.inference_memory(device)
+        except SpeechRNTError as error:
+            logger.debug("GPU %d: nothing is known of CTranslate2's memory: %s", device, error)
+        return GpuStatistics(device, None if handover is None else handover.statistics(), inference)
 
     def is_system_healthy(self) -> bool:
         """Whether nothing is wrong; `health` says what is."""
@@ -672,6 +707,10 @@ class PerformanceOptimizedSTT:
             raise OptionError(f"priority: must be a Priority, not {priority!r}") from None
         return priority if self.config.enable_priority_scheduling else Priority.NORMAL
 
+    def _note_read(self, duration_s: float) -> None:
+        with self._changed:
+            self._audio_in_s += duration_s
+
     def _note_over(self, request: Request) -> None:
         """Count a request that holds nothing any more, before its future tells."""
         if request.outcome == "completed":
@@ -684,7 +723,7 @@ class PerformanceOptimizedSTT:
             if request.error is not None:
                 self._errors[type(request.error).__name__] += 1
             if request.outcome == "completed":
-                self._audio_s += request.duration
+                self._audio_out_s += request.duration
             self._changed.notify_all()
 
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from .errors import SchedulerClosed, SpeechRNTError
 from .features import HOP_LENGTH
 from .growing_mel import complete
 from .languages import UNSPACED
-from .latency import StageTimings
+from .latency import Histogram, HistogramSnapshot, StageTimings
 from .models import Model
 from .plan import Plan
 from .pools import AudioBufferPool
@@ -88,12 +88,16 @@ class UtteranceStatistics:
     windows, silent, retried, cut_off : int
         Windows decoded; in which there was nothing but silence; that were searched a second time;
         and whose text reached the most tokens allowed for its length even so.
+    stages : Mapping of str to HistogramSnapshot
+        ``"mel"``, ``"queue"``, ``"encode"`` and ``"decode"`` of single windows, of requests and
+        streams alike, second attempts counted on their own; see `StageTimings`.
     """
 
     windows: int
     silent: int
     retried: int
     cut_off: int
+    stages: Mapping[str, HistogramSnapshot]
 
 
 class UtterancePipeline:
@@ -128,11 +132,15 @@ class UtterancePipeline:
         self.windows_in_flight = windows_in_flight
         self._lock = threading.Lock()
         self._windows = self._silent = self._retried = self._cut_off = 0
+        self.stages = {stage: Histogram() for stage in ("mel", "queue", "encode", "decode")}
 
     def statistics(self) -> UtteranceStatistics:
         """Return what was counted so far."""
+        stages = {stage: histogram.snapshot() for stage, histogram in self.stages.items()}
         with self._lock:
-            return UtteranceStatistics(self._windows, self._silent, self._retried, self._cut_off)
+            return UtteranceStatistics(
+                self._windows, self._silent, self._retried, self._cut_off, stages
+            )
 
     def count_window(self, silent: bool, retried: bool, cut_off: bool) -> None:
         """Count a window that is done."""
@@ -331,7 +339,7 @@ class Utterance:
             if self._guess is not window:
                 return
             features.maximum = maximum
-            self._seconds["mel"] += time.perf_counter() - started
+            self._count("mel", time.perf_counter() - started)
             try:
                 self._start(window, window.plan)
             except SpeechRNTError as error:
@@ -455,7 +463,7 @@ class Utterance:
             if not self._is_over:
                 assert window.features is not None
                 window.features.maximum = maximum
-                self._seconds["mel"] += seconds
+                self._count("mel", seconds)
                 self._submit()
         self._tell()
 
@@ -621,9 +629,9 @@ class Utterance:
                 else:
                     window.release()
                 return
-            self._seconds["queue"] += result.queue_s
-            self._seconds["encode"] += result.encode_s
-            self._seconds["decode"] += result.decode_s
+            self._count("queue", result.queue_s)
+            self._count("encode", result.encode_s)
+            self._count("decode", result.decode_s)
             if result.languages is None:
                 language, probability = str(job.language), 1.0
                 if window.final is not None:  # of the attempt before
@@ -645,6 +653,11 @@ class Utterance:
             self.text_at = time.perf_counter()
             self._deliver()
         self._tell()
+
+    def _count(self, stage: str, seconds: float) -> None:
+        """Count the time of a window; called with the lock."""
+        self._seconds[stage] += seconds
+        self._pipeline.stages[stage].add(seconds)
 
     def _make_final(self, window: _Window) -> None:
         """Choose a window's transcript; called with the lock."""

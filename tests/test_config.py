@@ -330,6 +330,18 @@ def test_cleanup_interval_s(engine_with):
     assert seldom.statistics().scheduler.executed[Priority.LOW] == 0
 
 
+def test_stall_after_s(engine_with):
+    release = threading.Event()
+    soon, late = (engine_with(stall_after_s=seconds) for seconds in (0.02, 60))
+    for stt in (soon, late):
+        stt._scheduler.submit_nowait(release.wait, 60)
+    try:
+        eventually(lambda: soon.health().facts.stalled_workers)
+        assert not late.health().facts.stalled_workers
+    finally:
+        release.set()
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_retain_inference_memory(keeps):
     program = f"""

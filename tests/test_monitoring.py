@@ -14,6 +14,7 @@ from speechrnt import (
     PerformanceOptimizedSTT,
     Priority,
 )
+from speechrnt._gpu_types import GpuMemoryHealth
 from speechrnt.monitoring import HealthFacts, judge
 
 WELL = HealthFacts(
@@ -23,8 +24,7 @@ WELL = HealthFacts(
     longest_call_s=0.0,
     stalled_workers={},
     stalled_streams=0,
-    fragmentation=0.1,
-    free_share=0.5,
+    gpu_pool=GpuMemoryHealth(True, 0.5, 0.1, ()),
     closed=False,
     probe=None,
 )
@@ -52,7 +52,10 @@ class TestJudge:
             ({"longest_call_s": 11}, "A call of the model has run for 11.0 s."),
             ({"stalled_workers": {1: 12.0}}, "Worker 1 has been at one task for 12.0 s."),
             ({"stalled_streams": 2}, "2 streams get no text for their audio."),
-            ({"fragmentation": 0.3}, "The GPU's memory is fragmented: 30%."),
+            (
+                {"gpu_pool": GpuMemoryHealth(False, 0.5, 0.3, ("30% is outside",))},
+                "GPU pool: 30% is outside.",
+            ),
             ({"closed": True}, "The engine is closed."),
             ({"probe": "it was slow"}, "A decoding failed: it was slow"),
         ],
@@ -68,8 +71,7 @@ class TestJudge:
             {"memory_use": {"audio buffers": 0.89}},
             {"queue_use": {"open streams": 0.79}},
             {"oldest_wait_s": 10.0},
-            {"fragmentation": 0.3, "free_share": 0.1},
-            {"fragmentation": None, "free_share": None},
+            {"gpu_pool": None},
         ],
     )
     def test_just_below_each_bound(self, change):
@@ -148,7 +150,8 @@ class TestStatistics:
         }  # fmt: skip
         assert s.errors == {"AudioFileError": 1}
         assert s.live == 0
-        assert s.audio_s == pytest.approx(sum(clip["seconds"] for clip in clips), abs=0.1)
+        assert s.audio_out_s == pytest.approx(sum(clip["seconds"] for clip in clips), abs=0.1)
+        assert s.audio_in_s == pytest.approx(s.audio_out_s)
         assert s.utterances.windows == s.dispatcher.completed == 6
         assert sum(size * n for size, n in s.dispatcher.batch_sizes.items()) == 6
         assert s.mean_batch_size >= 1
@@ -163,6 +166,11 @@ class TestStatistics:
         values = json.loads(stt.get_performance_report("json"))
         assert values["requests"]["accepted"] == stt.statistics().requests["accepted"]
         assert set(values["dispatcher"]["queued"]) == {each.name.lower() for each in Priority}
+        # What is computed of the counts is there, too.
+        assert values["sheds"] == stt.statistics().sheds
+        assert values["audio_buffers"]["hit_rate"] == stt.statistics().audio_buffers.hit_rate
+        assert 0 < values["batch_fill"] <= 1
+        assert values["gpu"] is None
         text = stt.get_performance_report()
         assert f"{values['requests']['accepted']} accepted" in text
         with pytest.raises(OptionError, match="form: must be 'text' or 'json', not 'xml'"):
@@ -187,6 +195,12 @@ class TestStatistics:
         s = stt.statistics()
         assert values["speechrnt_requests_total", "completed"] == s.requests["completed"] > 0
         assert values["speechrnt_stage_seconds_count", "total"] == s.stages["total"].count
+        windows = s.utterances.stages["decode"].count
+        assert values["speechrnt_window_seconds_count", "decode"] == windows > 0
+        assert values["speechrnt_audio_seconds_total", "out", "request"] == s.audio_out_s > 0
+        assert values["speechrnt_audio_seconds_total", "in", "stream"] == 0
+        assert values["speechrnt_sheds_total", "requests"] == s.sheds["requests"]
+        assert values["speechrnt_batch_room_total",] == s.dispatcher.batch_room > 0
         limits = [
             (float(sample.labels["le"]), sample.value)
             for family in text_string_to_metric_families(text)

@@ -430,7 +430,7 @@ def test_statistics_are_those_of_a_known_workload(clips, manifest):
     with new_engine() as stt:
         empty = stt.statistics()
         assert not any(empty.requests.values())
-        assert (empty.live, empty.audio_s, empty.utterances.windows) == (0, 0, 0)
+        assert (empty.live, empty.audio_in_s, empty.utterances.windows) == (0, 0, 0)
         futures = [stt.transcribe_async(clip) for clip in clips[:10]]
         silent = stt.transcribe_async(np.zeros(32_000, dtype=np.float32))
         for future in futures:
@@ -449,7 +449,8 @@ def test_statistics_are_those_of_a_known_workload(clips, manifest):
             "rejected": 0,
         }
         assert now.live == 0
-        assert now.audio_s == pytest.approx(sum(len(clip) for clip in clips[:10]) / 16_000 + 2)
+        assert now.audio_out_s == pytest.approx(sum(len(clip) for clip in clips[:10]) / 16_000 + 2)
+        assert now.audio_in_s == pytest.approx(now.audio_out_s)
         n_segments = sum(len(future.result().segments) for future in futures)
         assert now.utterances.windows == n_segments + now.utterances.silent
         assert now.dispatcher.submitted == now.utterances.windows + now.utterances.retried
