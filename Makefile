@@ -54,6 +54,7 @@ bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_pools.py
 	$(BIN)/python perf/bench_sched.py
 	$(BIN)/python perf/bench_gpu.py
+	$(BIN)/python perf/reference_claims.py --rounds 1
 	$(BIN)/python perf/bench_dropin.py --quick --rounds 3
 	$(BIN)/python perf/bench_dispatcher.py --quick
 	$(BIN)/python perf/bench_serving.py --quick

@@ -33,8 +33,8 @@ PYTHON_PEERS = ("speechrnt", "ThreadPoolExecutor", "PriorityQueue pool")
 class PriorityQueuePool:
     """The textbook pool with priorities: threads on a `queue.PriorityQueue`."""
 
-    def __init__(self, workers):
-        self._queue = queue.PriorityQueue()
+    def __init__(self, workers, items=None):
+        self._queue = queue.PriorityQueue() if items is None else items
         self._number = 0
         for _ in range(workers):
             threading.Thread(target=self._work, daemon=True).start()
