@@ -31,12 +31,12 @@ from .formats import format_timestamp
 from .hub import available_models, download_model
 from .latency import StageTimings
 from .models import load_model
-from .oneshot import Transcription
 from .plan import UtteranceOptions
 from .results import Segment, TranscriptionInfo, TranscriptionOptions, Word
 from .speech_timestamps import VadOptions, get_speech_timestamps
 from .stt import OptimizedSTTFactory, PerformanceOptimizedSTT
 from .transcribe import WhisperModel
+from .transcript import Transcription
 
 __all__ = [
     "Audio",

@@ -11,12 +11,14 @@ from speechrnt._pools cimport sr_pool, sr_pool_options
 
 # Times are seconds from the beginning of the stream; tokens are those of the record.
 cdef struct SegmentRecord:
-    float start
-    float end
+    double start
+    double end
+    double avg_logprob
+    double no_speech_prob
+    double compression_ratio
     int32_t first_token
     int32_t n_tokens
-    float avg_logprob
-    float no_speech_prob
+    int32_t seek          # where the window begins that it was decoded in, in mel frames
 
 # Bytes in use and allocated. The allocation outlives the lease.
 cdef struct ResultArray:
@@ -48,3 +50,9 @@ cdef bint result_set_tokens(
     ResultRecord *record, const int32_t *tokens, size_t n_tokens,
 ) noexcept nogil
 cdef bint result_add_segment(ResultRecord *record, const SegmentRecord *segment) noexcept nogil
+
+# More text, more tokens, and the segment that they are; its tokens are set here.
+cdef bint result_append(
+    ResultRecord *record, const char *text, size_t size, const int32_t *tokens, size_t n_tokens,
+    SegmentRecord *segment,
+) noexcept nogil

@@ -15,6 +15,8 @@ class ResultSegment(NamedTuple):
     n_tokens: int
     avg_logprob: float = ...
     no_speech_prob: float = ...
+    compression_ratio: float = ...
+    seek: int = ...
 
 @final
 class TranscriptionResultPool:
@@ -43,6 +45,18 @@ class TranscriptionResult:
     def tokens(self, tokens: Iterable[int]) -> None: ...
     @property
     def segments(self) -> list[ResultSegment]: ...
+    def append(
+        self,
+        text: str,
+        tokens: Iterable[int],
+        start: float,
+        end: float,
+        *,
+        seek: int = 0,
+        avg_logprob: float = ...,
+        no_speech_prob: float = ...,
+        compression_ratio: float = ...,
+    ) -> None: ...
     def add_segment(
         self,
         start: float,

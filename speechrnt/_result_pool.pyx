@@ -42,6 +42,7 @@ __all__ = ["ResultSegment", "TranscriptionResult", "TranscriptionResultPool"]
 cdef enum:
     KEPT_BYTES = 16 * 1024
     LANGUAGE_BYTES = 16
+    MOST_TOKENS = 0x7FFFFFFF  # as segments count them
 
 
 cdef bint reserve(ResultArray *block, size_t size) noexcept nogil:
@@ -131,6 +132,32 @@ cdef bint result_add_segment(ResultRecord *record, const SegmentRecord *segment)
     return True
 
 
+cdef inline void append(ResultArray *block, const void *data, size_t size) noexcept nogil:
+    if size:
+        memcpy(block.data + block.size, data, size)
+        block.size += size
+
+
+cdef bint result_append(
+    ResultRecord *record, const char *text, size_t size, const int32_t *tokens, size_t n_tokens,
+    SegmentRecord *segment,
+) noexcept nogil:
+    cdef size_t n_before = record.tokens.size // sizeof(int32_t)
+    if (
+        n_before + n_tokens > MOST_TOKENS
+        or not reserve(&record.text, record.text.size + size)
+        or not reserve(&record.tokens, record.tokens.size + n_tokens * sizeof(int32_t))
+        or not reserve(&record.segments, record.segments.size + sizeof(SegmentRecord))
+    ):
+        return False
+    segment.first_token = <int32_t> n_before
+    segment.n_tokens = <int32_t> n_tokens
+    append(&record.text, text, size)
+    append(&record.tokens, tokens, n_tokens * sizeof(int32_t))
+    append(&record.segments, segment, sizeof(SegmentRecord))
+    return True
+
+
 class ResultSegment(NamedTuple):
     """A part of a result.
 
@@ -140,7 +167,10 @@ class ResultSegment(NamedTuple):
         Seconds from the beginning of the stream.
     first_token, n_tokens : int
         Which of the result's tokens are this segment's.
-    avg_logprob, no_speech_prob : float
+    avg_logprob, no_speech_prob, compression_ratio : float
+        NaN if they are not known.
+    seek : int
+        Where the window begins that it was decoded in, in mel frames.
     """
 
     start: float
@@ -149,6 +179,8 @@ class ResultSegment(NamedTuple):
     n_tokens: int
     avg_logprob: float = float("nan")
     no_speech_prob: float = float("nan")
+    compression_ratio: float = float("nan")
+    seek: int = 0
 
 
 @cython.final
@@ -294,6 +326,17 @@ cdef class TranscriptionResultPool:
         )
 
 
+cdef SegmentRecord new_segment(double start, double end) except *:
+    cdef SegmentRecord segment
+    if not 0 <= start <= end:
+        raise OptionError(f"a segment must not end before it starts, as {start} to {end} does")
+    memset(&segment, 0, sizeof(SegmentRecord))  # the bytes between its fields are copied, too
+    segment.start = start
+    segment.end = end
+    segment.compression_ratio = NAN
+    return segment
+
+
 @cython.final
 @cython.no_gc
 @cython.freelist(64)
@@ -362,14 +405,54 @@ cdef class TranscriptionResult:
                     segment.n_tokens,
                     segment.avg_logprob,
                     segment.no_speech_prob,
+                    segment.compression_ratio,
+                    segment.seek,
                 )
             )
             segment += 1
         return segments
 
+    def append(
+        self, str text not None, tokens, double start, double end, *, int32_t seek=0,
+        double avg_logprob=NAN, double no_speech_prob=NAN, double compression_ratio=NAN,
+    ):
+        """Append a segment with its text and its tokens.
+
+        Parameters
+        ----------
+        text
+            What is added to the text, with the space before it where one goes.
+        tokens
+            Its ids: an iterable of integers.
+        start, end : float
+            Seconds from the beginning of the stream, in this order.
+        seek, avg_logprob, no_speech_prob, compression_ratio
+            See `ResultSegment`.
+
+        Raises
+        ------
+        HandleError
+            The result was released.
+        OptionError
+            The times are not a range.
+        """
+        cdef c_array.array ids = array("i", list(tokens))
+        cdef bytes encoded = text.encode()
+        cdef SegmentRecord segment = new_segment(start, end)
+        segment.seek = seek
+        segment.avg_logprob = avg_logprob
+        segment.no_speech_prob = no_speech_prob
+        segment.compression_ratio = compression_ratio
+        with cython.critical_section(self):
+            if not result_append(
+                self.live(), <const char *> encoded, len(encoded),
+                <const int32_t *> ids.data.as_ints, len(ids), &segment,
+            ):
+                raise MemoryError()
+
     def add_segment(
-        self, float start, float end, int32_t first_token=0, int32_t n_tokens=0, *,
-        float avg_logprob=NAN, float no_speech_prob=NAN,
+        self, double start, double end, int32_t first_token=0, int32_t n_tokens=0, *,
+        double avg_logprob=NAN, double no_speech_prob=NAN,
     ):
         """Append a segment.
 
@@ -389,12 +472,8 @@ cdef class TranscriptionResult:
         OptionError
             The times or the tokens are not a range, or not within the result's tokens.
         """
-        cdef SegmentRecord segment
+        cdef SegmentRecord segment = new_segment(start, end)
         cdef ResultRecord *record
-        if not 0 <= start <= end:
-            raise OptionError(f"a segment must not end before it starts, as {start} to {end} does")
-        segment.start = start
-        segment.end = end
         segment.first_token = first_token
         segment.n_tokens = n_tokens
         segment.avg_logprob = avg_logprob

@@ -32,7 +32,8 @@ class OptimizationConfig:
         Buffers of audio and features that are kept at most, however high the demand was. More are
         made while they are needed, up to what the limits on requests and utterances allow.
     result_pool_size
-        Records of results that are kept at most; None: twice as many.
+        Records of what utterances have said that are kept at most, rounded up to chunks of 64 KiB,
+        however many there were; None: twice as many. More are made while they are needed.
     enable_gpu_memory_pool
         Whether features reach a GPU through pooled memory there.
     gpu_memory_pool_size_mb

@@ -14,9 +14,9 @@ from typing import BinaryIO, TextIO
 from .audio import PCM_ENCODINGS, SAMPLE_RATE, Audio
 from .errors import Overloaded
 from .events import Closed, Committed, Error, Event, Final, Overload, Partial
-from .oneshot import Transcription
 from .pcm import AudioChunk
 from .streaming import Stream
+from .transcript import Transcription
 
 __all__ = ["EventPrinter", "pcm_chunks", "play", "recorded_chunks"]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from traceback import clear_frames
@@ -21,87 +20,16 @@ from .audio import AudioInput, load_audio
 from .latency import StageTimings
 from .plan import Plan
 from .pools import AudioBuffer
-from .results import Segment
 from .segmentation import Cutter, WindowCut
-from .utterance import Final, Utterance, UtterancePipeline, join_texts
+from .transcript import Transcript, Transcription
+from .utterance import Final, Utterance, UtterancePipeline
 from .vad import FRAME_SAMPLES
 
-__all__ = ["Request", "Transcription", "transcription_of"]
+__all__ = ["Request"]
 
 # Audio that one task looks at before others have their turn.
 _BLOCK_SAMPLES = 32 * FRAME_SAMPLES
 _SLICE_BLOCKS = 10
-
-
-@dataclass(frozen=True)
-class Transcription:
-    """What was said in a recording or a stream.
-
-    Attributes
-    ----------
-    text : str
-        All of it.
-    segments : tuple of Segment
-        The windows in which something was said: text, ids, scores, and where they lie in seconds.
-    language : str
-        The language it was decoded in. Where it changed, that of the most audio.
-    language_probability : float
-        How sure the model was; 1 for a language that was given.
-    duration : float
-        Seconds of audio.
-    timings : StageTimings
-        Where the time went.
-    warnings : tuple of str
-        What was wrong without making the audio or an option unusable.
-    """
-
-    text: str
-    segments: tuple[Segment, ...]
-    language: str
-    language_probability: float
-    duration: float
-    timings: StageTimings
-    warnings: tuple[str, ...] = ()
-
-
-def transcription_of(
-    finals: list[Final],
-    language: str | None,
-    duration: float,
-    timings: StageTimings,
-    warnings: tuple[str, ...],
-) -> Transcription:
-    """Put the finals of an utterance together.
-
-    Parameters
-    ----------
-    finals
-        Of all its windows.
-    language
-        The one that was given.
-    duration, timings, warnings
-        See `Transcription`.
-    """
-    lengths: Counter[str] = Counter()
-    probabilities: dict[str, float] = {}
-    for final in finals:
-        lengths[final.language] += final.cut.end - final.cut.start
-        known = probabilities.get(final.language, 0.0)
-        probabilities[final.language] = max(known, final.language_probability)
-    if lengths:
-        [(main, _)] = lengths.most_common(1)
-        probability = probabilities[main]
-    else:
-        main, probability = language or "", float(language is not None)
-    return Transcription(
-        text=join_texts(finals),
-        segments=tuple(final.segment for final in finals if final.segment is not None),
-        language=main,
-        language_probability=probability,
-        duration=duration,
-        timings=timings,
-        warnings=warnings,
-    )
 
 
 class Request:
@@ -167,7 +95,7 @@ class Request:
         self._is_over = False
         self.outcome: Literal["completed", "failed", "cancelled"] = "cancelled"
         self._ingest_s = 0.0
-        self._finals: list[Final] = []
+        self._transcript = Transcript(pipeline.results, pipeline.model.tokenizer)
         self._cutter: Cutter | None = None
         self._source: AudioInput | None = audio
         self._samples: NDArray[np.float32] | None = None
@@ -277,7 +205,11 @@ class Request:
         return bool(self._ends)
 
     def _take(self, final: Final) -> None:
-        self._finals.append(final)
+        try:
+            self._transcript.add(final)
+        except Exception as error:  # without memory; no part of the text may be missing
+            self._utterance.cancel()
+            self._fail(error)
 
     def _finish(self) -> None:
         """Make the result."""
@@ -288,15 +220,14 @@ class Request:
 
     def _complete(self) -> None:
         started = time.perf_counter()
-        finals = self._finals
         self.timings = replace(
             self._utterance.timings,
             ingest=self._ingest_s,
             delivery=started - (self._utterance.text_at or started),
             total=started - self._started,
         )
-        transcription = transcription_of(
-            finals, self._plan.language, self.duration, self.timings, self._warnings
+        transcription = self._transcript.finish(
+            self._plan.language, self.duration, self.timings, self._warnings
         )
         self._end("completed", partial(self.future.set_result, transcription))
 
@@ -333,6 +264,7 @@ class Request:
         buffer, self._buffer = self._buffer, None
         if buffer is not None:
             buffer.release()
+        self._transcript.release()
         # Whoever keeps the future keeps this request, but not the engine.
         self._on_read = None
         on_over, self._on_over = self._on_over, None

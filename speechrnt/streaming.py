@@ -44,13 +44,13 @@ from .events import (
 )
 from .features import HOP_LENGTH
 from .growing_mel import GrowingLogMel
-from .oneshot import Transcription, transcription_of
 from .pcm import AudioChunk, PcmReader
 from .plan import Plan
 from .sample_buffer import SampleBuffer
 from .segmentation import Cutter, Pause, SpeechEnd, SpeechStart, WindowCut
 from .segmentation import Event as Cut
 from .stream_types import Pressure, StreamCounters, StreamOptions, StreamSnapshot, StreamState
+from .transcript import Transcript, Transcription
 from .utterance import Final as WindowFinal
 from .utterance import Preview, Utterance, UtterancePipeline, add_text
 from .vad import FRAME_SAMPLES
@@ -169,7 +169,7 @@ class Stream:
             priority=priority,
             client=object(),
         )
-        self._finals: list[WindowFinal] = []
+        self._transcript = Transcript(pipeline.results, pipeline.model.tokenizer)
         self._pending: dict[int, _Pending] = {}  # by the start of the window
         self._agreement = LocalAgreement()
         self._drop_partial: Callable[[], None] | None = None  # of the partial on its way
@@ -381,7 +381,7 @@ class Stream:
             self._is_compact = True
             self._post_audio(self._compact)  # after the audio
         waits = self._state != "closed" and (self._pending or self._received > self._processed)
-        seen = (self._processed, len(self._finals)) if waits else None
+        seen = (self._processed, self._transcript.n_finals) if waits else None
         if seen is None or seen != self._seen:
             self._seen, self._seen_at, self._has_stalled = seen, now, False
         elif now - self._seen_at > stalled_after_s and not self._has_stalled:
@@ -723,7 +723,7 @@ class Stream:
         if self._state == "closed":
             return
         pending = self._pending.pop(final.cut.start)
-        self._finals.append(final)
+        self._transcript.add(final)
         self._count_told(final.cut.end)
         self._shown = add_text(self._shown[0], final), "", ""
         self._language = final.language
@@ -768,8 +768,7 @@ class Stream:
     def _settle(self) -> None:
         """Close after the last final."""
         self._count_told(self._received)
-        transcription = transcription_of(
-            self._finals,
+        transcription = self._transcript.finish(
             self._plan.language,
             self._received / SAMPLE_RATE,
             self._utterance.timings,
@@ -803,6 +802,7 @@ class Stream:
         self._forget_partial()
         self._samples.release()
         self._mel.release()
+        self._transcript.release()
         self._pending.clear()
         self._processed = self._received
         self._tell_of_room()

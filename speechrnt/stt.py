@@ -51,7 +51,7 @@ from .monitoring import (
     judge,
     report,
 )
-from .oneshot import Request, Transcription
+from .oneshot import Request
 from .pcm import AudioChunk
 from .plan import Plan, UtteranceOptions, make_plan
 from .pools import AudioBufferPool, PoolLimits, TranscriptionResultPool
@@ -59,6 +59,7 @@ from .stream_registry import StreamRegistry
 from .stream_types import STREAM_OPTIONS, Pressure, StreamOptions
 from .streaming import Stream
 from .system import resident_memory, usable_cores, usable_memory
+from .transcript import Transcription
 from .utterance import UtterancePipeline
 from .vad import VoiceActivityDetector
 
@@ -191,7 +192,11 @@ class PerformanceOptimizedSTT:
             )
         )
         self._results = TranscriptionResultPool(
-            PoolLimits(max_size=config.result_records, overflow="allocate")
+            PoolLimits(
+                soft_size=config.result_records,
+                max_size=max(utterances, config.result_records),
+                overflow="allocate",  # where threads have idle ones in their caches
+            )
         )
         self._scheduler: Scheduler | None = None
         executor: Executor = InlineExecutor()
@@ -219,6 +224,7 @@ class PerformanceOptimizedSTT:
             executor,
             self._scheduler,
             self._buffers,
+            self._results,
             windows_in_flight,
         )
         self._plan = lru_cache(_PLANS_CACHED)(partial(make_plan, self.model))

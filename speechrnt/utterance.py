@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,7 +30,7 @@ from .languages import UNSPACED
 from .latency import Histogram, HistogramSnapshot, StageTimings
 from .models import Model
 from .plan import Plan
-from .pools import AudioBufferPool
+from .pools import AudioBufferPool, TranscriptionResultPool
 from .results import Segment
 from .segmentation import WindowCut
 
@@ -111,6 +111,8 @@ class UtterancePipeline:
         What computes features; None: whoever adds a window.
     buffers
         For features.
+    results
+        For what utterances say.
     windows_in_flight
         Windows of one utterance that the model is given at the same time.
     """
@@ -122,6 +124,7 @@ class UtterancePipeline:
         executor: Executor,
         scheduler: Scheduler | None,
         buffers: AudioBufferPool,
+        results: TranscriptionResultPool,
         windows_in_flight: int,
     ) -> None:
         self.model = model
@@ -129,6 +132,7 @@ class UtterancePipeline:
         self.executor = executor
         self.scheduler = scheduler
         self.buffers = buffers
+        self.results = results
         self.windows_in_flight = windows_in_flight
         self._lock = threading.Lock()
         self._windows = self._silent = self._retried = self._cut_off = 0
@@ -745,14 +749,10 @@ def add_text(text: str, final: Final) -> str:
     """Return a text and that of the next window: with one space between, where one goes."""
     if final.segment is None:
         return text
-    piece = final.segment.text.strip()
-    space = " " if text and piece and final.language not in UNSPACED else ""
-    return text + space + piece
+    return text + spaced(final.segment.text, final.language, not text)
 
 
-def join_texts(finals: Iterable[Final]) -> str:
-    """Return the text of consecutive windows."""
-    text = ""
-    for final in finals:
-        text = add_text(text, final)
-    return text
+def spaced(text: str, language: str, is_first: bool) -> str:
+    """Return a window's text with a space before it, where one goes, as what comes next."""
+    text = text.strip()
+    return " " + text if text and not is_first and language not in UNSPACED else text

@@ -197,9 +197,25 @@ def test_as_many_requests_as_are_accepted_have_their_buffers(engine_with, clips,
     assert {future.result().text for future in futures} == {"Two five one."}
 
 
-def test_result_pool_size(engine_with):
-    assert engine_with(result_pool_size=3).statistics().results.max_size == 3
-    assert engine_with(audio_buffer_pool_size=60).statistics().results.max_size == 120
+@pytest.mark.parametrize("size", [1, 1500])
+def test_result_pool_size(engine_with, clips, size):
+    stt = engine_with(result_pool_size=size, max_queued_requests=1500, cleanup_interval_s=3600)
+    streams = [stt.stream(language="en") for _ in range(8)]
+    for stream in streams:
+        stream.push(with_pauses([clips[1]]))
+    eventually(lambda: stt.statistics().results.in_use == 8)
+    for stream in streams:
+        assert stream.finalize().result(60).text == "Two five one."
+    assert_at_rest(stt)
+    # As many as with as many utterances at once.
+    records = [stt._results.acquire() for _ in range(1500)]
+    for record in records:
+        record.release()
+    now = time.monotonic()
+    for later in (0, 11):
+        stt._results.maintain(now + later)
+    idle = stt.statistics().results.idle
+    assert idle <= 512 if size == 1 else idle >= 1500  # whole chunks
 
 
 @pytest.mark.parametrize("workers", [1, 3])

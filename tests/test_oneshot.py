@@ -360,7 +360,7 @@ def test_a_result_that_cannot_be_read_fails_the_request(engine, clips, monkeypat
 
 def test_a_result_that_cannot_be_made_fails_the_request(engine, clips, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("speechrnt.oneshot.transcription_of", lambda *_: 1 / 0)
+        patch.setattr("speechrnt.transcript.Transcript.finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.transcribe_async(clips[3], "en").result(60)
 

@@ -1,6 +1,7 @@
 """The pool of transcription results: records, their lists, and what may go into them."""
 
 import math
+from unittest.mock import ANY
 
 import pytest
 
@@ -26,13 +27,54 @@ class TestTranscriptionResultPool:
             result.is_final = True
             assert result.text == "Grüße, 世界"
             assert result.tokens == [0, 1, 2, 3, 4]
-            assert result.segments[0] == ResultSegment(0.5, 1.25, 1, 3, -0.25, 0.125)
+            assert result.segments[0][:6] == (0.5, 1.25, 1, 3, -0.25, 0.125)
+            assert math.isnan(result.segments[0].compression_ratio)
+            assert result.segments[0].seek == 0
             assert result.segments[1][:4] == (1.25, 1.25, 0, 0)
             assert result.language == "de"
             assert result.confidence == 0.5
             assert result.span == (10.0, 12.5)
             assert result.timings == (0.25, 0.5)
             assert result.is_final is True
+
+    def test_what_is_appended_is_kept_to_the_bit(self):
+        parts = [
+            (" Grüße.", [50364, 7, 11], 0.1, 14_399.9, {"seek": 1_439_990, "avg_logprob": -1 / 3}),
+            ("", [], 14_399.9, 14_399.9, {}),
+            (" 世界" * 500, range(4000), 0, 1e-9, {"no_speech_prob": 1 / 3}),
+            (" Ende.", [2**31 - 1], 1, 2, {"compression_ratio": 2.4}),
+        ]
+        with TranscriptionResultPool().acquire() as result:
+            for text, tokens, start, end, more in parts:
+                result.append(text, tokens, start, end, **more)
+            assert result.text == "".join(text for text, *_ in parts)
+            tokens = result.tokens
+            for (_, ids, start, end, more), segment in zip(parts, result.segments, strict=True):
+                first = segment.first_token
+                assert tokens[first : first + segment.n_tokens] == list(ids)
+                assert (segment.start, segment.end) == (start, end)
+                for name, value in more.items():
+                    assert getattr(segment, name) == value
+            assert result.segments[1] == ResultSegment(14_399.9, 14_399.9, 3, 0, *[ANY] * 3, 0)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error"),
+        [
+            (("\ud800", [1], 0, 1), UnicodeEncodeError),
+            ((None, [1], 0, 1), TypeError),
+            (("text", [2**31], 0, 1), OverflowError),
+            (("text", 5, 0, 1), TypeError),
+            (("text", [1], 2, 1), OptionError),
+            (("text", [1], math.nan, 1), OptionError),
+        ],
+    )
+    def test_what_cannot_be_appended_changes_nothing(self, arguments, error):
+        with TranscriptionResultPool().acquire() as result:
+            result.append("text", [1, 2], 0, 1)
+            before = result.text, result.tokens, len(result.segments)
+            with pytest.raises(error):
+                result.append(*arguments)
+            assert (result.text, result.tokens, len(result.segments)) == before
 
     def test_the_next_one_starts_empty(self):
         pool = TranscriptionResultPool()
@@ -116,6 +158,8 @@ class TestTranscriptionResultPool:
             result.tokens = [1]
         with pytest.raises(HandleError):
             result.add_segment(0, 1)
+        with pytest.raises(HandleError):
+            result.append("late", [1], 0, 1)
 
     def test_long_results(self):
         pool = TranscriptionResultPool()

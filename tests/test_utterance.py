@@ -1,6 +1,7 @@
 """Windows to text: prompts, languages, second attempts, limits, order; and the plans for them."""
 
 import threading
+from functools import reduce
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from speechrnt.models import Capabilities, Model
 from speechrnt.plan import make_plan
 from speechrnt.results import Segment
 from speechrnt.segmentation import WindowCut
-from speechrnt.utterance import Final, Utterance, join_texts
+from speechrnt.utterance import Final, Utterance, add_text
 
 REPETITIVE, GOOD, OTHER = "no " * 60, "Turn on the kitchen lights.", "Call Robert today."
 
@@ -359,9 +360,9 @@ def final(text, language="en"):
 
 
 def test_texts_are_joined_as_their_language_does():
-    assert join_texts([]) == ""
-    assert join_texts([final(" One."), final(None), final(" Two.")]) == "One. Two."
-    assert join_texts([final("一。", "zh"), final("二。", "zh")]) == "一。二。"
+    finals = [final(" One."), final(None), final(" "), final(" Two.")]
+    assert reduce(add_text, finals, "") == "One. Two."
+    assert reduce(add_text, [final("一。", "zh"), final("二。", "zh")], "") == "一。二。"
 
 
 class Watched:

@@ -151,7 +151,7 @@ cdef class Results:
         """Take a result, fill it in, and give it back."""
         cdef uint64_t handle
         cdef ResultRecord *record
-        cdef SegmentRecord segment = SegmentRecord(0, 1, 0, 4, -0.5, 0.1)
+        cdef SegmentRecord segment = SegmentRecord(0, 1, -0.5, 0.1, 1.0, 0, 4, 0)
         cdef int32_t[4] tokens = [1, 2, 3, 4]
         if object_pool_acquire(self.pool, &handle, <void **> &record) != SR_OK:
             return -1
