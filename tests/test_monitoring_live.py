@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from engine_helpers import assert_at_rest, eventually, held, with_pauses
+from engine_helpers import assert_at_rest, held, with_pauses
 from streaming_helpers import Log, silence
+from waiting import eventually
 
 from speechrnt import (
     ModelError,

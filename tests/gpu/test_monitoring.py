@@ -6,8 +6,9 @@ import json
 import ctranslate2
 import numpy as np
 import pytest
-from engine_helpers import assert_at_rest, eventually
+from engine_helpers import assert_at_rest
 from test_handover import MIB, SAMPLES, on_gpu
+from waiting import eventually
 
 from speechrnt import OptimizationConfig, PerformanceOptimizedSTT, gpu, handover, load_audio, stt
 
