@@ -13,7 +13,7 @@ REPAIR := $(if $(filter Darwin,$(shell uname)),delocate-wheel,auditwheel repair)
 SANITIZED = SPEECHRNT_BUILD=$@ PYTHONSAFEPATH=1 PYTHONPATH=build/$@/lib \
 	LD_PRELOAD=$$($(CXX) -print-file-name=lib$@.so) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	TSAN_OPTIONS=suppressions=tests/native/tsan.supp:die_after_fork=0:allocator_may_return_null=1 setarch -R
-GPU_TESTS := $(addprefix tests/gpu/test_,model.py handle.py pool.py) -k 'not million and not exiting'
+GPU_TESTS := $(addprefix tests/gpu/test_,model.py handle.py pool.py) -k 'not long_trace and not exiting'
 SCHED_TESTS := $(addprefix tests/test_,sched.py sched_native.py sched_life.py future.py)
 POOL_TESTS := $(addprefix tests/test_,pools.py pools_native.py pools_process.py audio_pool.py result_pool.py maintenance.py span_pool.py)
 export SPEECHRNT_WERROR = 1

@@ -60,6 +60,15 @@ def held(monkeypatch, method="encode", owner=Model, first=None):
             gate.opened.set()
 
 
+def occupied(engine, gate, clip):
+    """Have every worker of a model that is held up wait at the gate; return the requests."""
+    futures = []
+    for _ in range(engine.model.whisper.num_workers):
+        futures.append(engine.transcribe_async(clip, "en", priority=0))
+        assert gate.arrived.acquire(timeout=60)
+    return futures
+
+
 @contextmanager
 def spied(monkeypatch, method, owner=Model):
     """Note the arguments of every call of a method inside the block."""

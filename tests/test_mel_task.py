@@ -7,17 +7,12 @@ import weakref
 
 import numpy as np
 import pytest
+from sched_helpers import Blocker
 
 from speechrnt import Priority, Scheduler, SchedulerClosed, _mel
 from speechrnt._mel_task import compute, spawn
 
 NORMAL = Priority.NORMAL
-
-
-@pytest.fixture
-def scheduler():
-    with Scheduler(workers=2) as scheduler:
-        yield scheduler
 
 
 def expected(pcm, n_mels, frames):
@@ -84,18 +79,15 @@ def test_arguments_live_until_the_task_is_done_and_no_longer(scheduler):
     class Watched(np.ndarray):
         pass
 
-    begun, go_on, finished = threading.Event(), threading.Event(), threading.Event()
-    for _ in range(2):  # both workers
-        scheduler.submit_nowait(lambda: (begun.set(), go_on.wait(60)))
-    assert begun.wait(60)
+    finished = threading.Event()
     pcm = noise(16_000).view(Watched)
     out = np.empty((80, 100), dtype=np.float32)
     watched, before = weakref.ref(pcm), expected(np.asarray(pcm), 80, 100)
-    spawn(scheduler, NORMAL, pcm, out, lambda *result: finished.set())
-    del pcm
-    gc.collect()
-    assert watched() is not None
-    go_on.set()
+    with Blocker(scheduler, workers=2):
+        spawn(scheduler, NORMAL, pcm, out, lambda *result: finished.set())
+        del pcm
+        gc.collect()
+        assert watched() is not None
     assert finished.wait(60)
     scheduler.drain(60)
     assert watched() is None

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, Future, wait
 import jiwer
 import numpy as np
 import pytest
-from engine_helpers import assert_at_rest, held, spied, with_pauses
+from engine_helpers import assert_at_rest, held, occupied, spied, with_pauses
 from waiting import eventually
 
 from speechrnt import (
@@ -274,9 +274,7 @@ def test_cancelled_while_its_features_are_computed(engine, clips, monkeypatch):
 
 def test_cancelled_while_it_waits_for_the_model(engine, clips, monkeypatch):
     with held(monkeypatch) as gate:
-        others = [engine.transcribe_async(clips[1], "en", priority=0) for _ in range(2)]
-        for _ in others:
-            assert gate.arrived.acquire(timeout=60)
+        others = occupied(engine, gate, clips[1])
         before = engine.statistics()
         future = engine.transcribe_async(clips[3], "en")
         eventually(lambda: sum(engine.statistics().dispatcher.queued.values()) == 1)

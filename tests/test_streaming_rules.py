@@ -269,9 +269,7 @@ class TestRules:
         samples = recordings.joined("en", 2, 0.6)
         stream = stt.stream(language="en", partial_interval_s=0.05)
         with engine_helpers.held(monkeypatch) as gate:
-            for _ in range(stt.model.whisper.num_workers):
-                stt.transcribe_async(samples, "en")
-                assert gate.arrived.acquire(timeout=WAIT_S)
+            engine_helpers.occupied(stt, gate, samples)
             for piece in np.array_split(samples[:RATE], 10):
                 stream.push(piece)
             eventually(lambda: stream._drop_partial)

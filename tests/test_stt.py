@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, as_completed
 
 import numpy as np
 import pytest
-from engine_helpers import assert_at_rest, held, with_pauses
+from engine_helpers import assert_at_rest, held, occupied, with_pauses
 from waiting import eventually
 
 from speechrnt import (
@@ -409,9 +409,7 @@ def test_an_engine_that_cannot_be_made_leaves_nothing_behind(arguments, error):
 
 def test_a_request_that_is_late_is_an_error_and_no_silence(engine, clips, monkeypatch):
     with held(monkeypatch) as gate:
-        first = [engine.transcribe_async(clips[1], "en") for _ in range(2)]
-        for _ in first:
-            assert gate.arrived.acquire(timeout=60)
+        occupied(engine, gate, clips[1])
         late = engine.transcribe_async(clips[3], "en", deadline=0.001)
         in_time = engine.transcribe_async(clips[1], "en", deadline=600)
         eventually(lambda: sum(engine.statistics().dispatcher.queued.values()) == 2)
