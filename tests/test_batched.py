@@ -152,6 +152,49 @@ class TestDifferences:
             segments, _ = outcome(both[1], late, max_initial_timestamp=longest, **options)
             assert (segments[0]["tokens"][0] - begin) * 0.02 <= longest
 
+    def test_clips_may_be_longer_together_than_the_recording(self, both, clips):
+        """The peer asserts that they are not."""
+        clip = {"start": 0.0, "end": 2.0}
+        options = {"clip_timestamps": [clip] * 3, "language": "en"}
+        with pytest.raises(AssertionError):
+            outcome(both[0], clips["short"], **options)
+        segments, _ = outcome(both[1], clips["short"], **options)
+        [alone], _ = outcome(both[1], clips["short"], clip_timestamps=[clip], language="en")
+        assert [each["text"] for each in segments] == [alone["text"]] * 3
+
+    def test_words_are_aligned_in_the_language_of_their_chunk(
+        self, both, samples, manifest, monkeypatch
+    ):
+        """The peer aligns the words of all chunks of a batch in one language."""
+        spoken = ["en", "de", "es", "en"]
+        pieces = []
+        for number, language in enumerate(spoken):
+            of_language = [each["file"] for each in manifest if each["lang"] == language]
+            pieces.append(speechrnt.decode_audio(samples / of_language[number]))
+        ends = np.cumsum([len(piece) / RATE for piece in pieces])
+        clip_timestamps = [
+            {"start": end - len(piece) / RATE, "end": end}
+            for end, piece in zip(ends, pieces, strict=True)
+        ]
+        options = {"multilingual": True, "word_timestamps": True, "language": "en"}
+        options["clip_timestamps"] = clip_timestamps
+        sequences = []
+        align = speechrnt.models.Model.align
+
+        def recorded(self, encoding, sequence, *arguments):
+            sequences.append(sequence)
+            return align(self, encoding, sequence, *arguments)
+
+        audio = np.concatenate(pieces)
+        alone, _ = outcome(both[1], audio, batch_size=1, **options)
+        monkeypatch.setattr(speechrnt.models.Model, "align", recorded)
+        together, _ = outcome(both[1], audio, batch_size=4, **options)
+        tokenizer = both[1].model._model.tokenizer
+        wanted = [tokenizer.sot_sequence(language, "transcribe") for language in spoken[:3]]
+        assert sequences == wanted
+        assert [each["words"] for each in together] == [each["words"] for each in alone]
+        assert all(each["words"] for each in together)
+
 
 class TestOptions:
     @pytest.mark.parametrize(

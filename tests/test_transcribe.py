@@ -20,7 +20,7 @@ from waiting import eventually
 
 import speechrnt
 from speechrnt import OptionError, WhisperModel
-from speechrnt.features import OwnMaximumWindows
+from speechrnt.features import FullContextWindows, OwnMaximumWindows
 from speechrnt.hub import EMBEDDED_MODELS
 from speechrnt.models import Model
 
@@ -416,6 +416,18 @@ class TestWork:
         assert (len(calls["encode"]), calls["generate"]) == (1, [])
         list(segments)
         assert (len(calls["encode"]), len(calls["generate"])) == (1, 1)
+
+    def test_the_language_is_that_of_the_very_window_that_is_decoded(self, model):
+        """faster-whisper's window has one mel frame more, which shows where there is no speech."""
+        noise = np.random.default_rng(3).standard_normal(2 * RATE).astype(np.float32) * 0.1
+        _, info = model.transcribe(noise, audio_context="full")
+        window = FullContextWindows(model.feature_extractor(noise)).at(0)
+        encoding = model._model.encode(window.features)
+        assert info.all_language_probs == model._model.detect_language(encoding)
+        peer = faster_whisper.WhisperModel(str(EMBEDDED_MODELS["pico"]), device="cpu")
+        theirs = dict(peer.transcribe(noise)[1].all_language_probs)
+        differences = [abs(theirs[code] - value) for code, value in info.all_language_probs]
+        assert 0 < max(differences) < 0.05
 
     def test_the_encoder_runs_once_however_often_the_window_is_decoded(self, model, clip, calls):
         text(model, clip, temperature=(0.0, 0.0, 0.0), log_prob_threshold=-0.001)
