@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _mel
-from .errors import AudioFileError
+from .errors import AudioError, AudioFileError
 
 __all__ = ["MelFrames"]
 
@@ -63,6 +64,7 @@ class MelFrames:
         self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self._worker: int | None = None
+        self._process = os.getpid()
         self._is_working = False
 
     @property
@@ -126,7 +128,7 @@ class MelFrames:
         # The worker itself may be here, if it collects the garbage that the owner is part of: it
         # cannot wait for its own end, nor pull away what it is reading.
         is_worker = threading.get_ident() == self._worker
-        if executor is not None:
+        if executor is not None and os.getpid() == self._process:
             executor.shutdown(wait=not is_worker)
         if not (is_worker and self._is_working):
             self._free()
@@ -142,6 +144,12 @@ class MelFrames:
                 self._free()
 
     def _wait(self) -> None:
+        if os.getpid() != self._process:
+            # The thread is not here, and the file's position is shared with the parent.
+            raise AudioError(
+                "the recording was begun before this process was forked; begin again in the child, "
+                "with a model of its own"
+            )
         if self._pending is not None:
             self._pending.result()
             self._pending = None

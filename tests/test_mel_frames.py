@@ -1,11 +1,12 @@
 """Frames of a recording that is read little by little: their bits, their bounds, their thread."""
 
+import os
 import threading
 
 import numpy as np
 import pytest
 
-from speechrnt import AudioFileError, _mel
+from speechrnt import AudioError, AudioFileError, _mel
 from speechrnt.mel_frames import MelFrames
 
 RATE = 16_000
@@ -235,3 +236,26 @@ class TestClose:
         with pytest.raises(AudioFileError, match="any further"):
             frames.content_up_to(1000)
         assert not frames.is_complete
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_is_refused_and_leaves_the_parent_alone():
+    audio = noise(60 * RATE)
+    blocks = Blocks(audio)
+    blocks.gate.clear()
+    frames = MelFrames(blocks, 80, ahead=True)
+    frames.prefetch(3000)
+    child = os.fork()
+    if not child:
+        try:
+            frames.content_up_to(10)
+        except AudioError:
+            frames.close()
+            os._exit(3)
+        finally:
+            os._exit(1)
+    blocks.gate.set()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 3
+    np.testing.assert_array_equal(frames.between(0, 3100), _mel.log10_mel(audio)[:, :3100])
+    frames.close()
