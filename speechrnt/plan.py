@@ -173,11 +173,6 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
-    def needs_language(self) -> bool:
-        """Whether the language is to be detected."""
-        return self.language is None
-
-    @property
     def contexts(self) -> tuple[int, ...]:
         """All contexts that windows can have, in mel frames."""
         if not self.reduced_context:

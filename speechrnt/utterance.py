@@ -248,7 +248,6 @@ class Utterance:
         self._language = _Language(plan.language)
         self._previous_tokens: list[int] = []
         self._n_segments = 0
-        self._n_guessed = 0
         self._seconds = dict.fromkeys(("mel", "queue", "encode", "decode", "text"), 0.0)
         self.text_at = 0.0
         """When the last text was known, on the clock of `time.perf_counter`."""
@@ -443,7 +442,6 @@ class Utterance:
             window.cut = cut
             self._windows.append(window)
             early, window.early = window.early, None
-            self._n_guessed += 1
         if early is not None:
             self._done(window, early)
         return True

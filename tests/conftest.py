@@ -26,11 +26,14 @@ os.environ["HF_HUB_CACHE"] = _empty_cache.name
 
 TESTS = Path(__file__).parent
 SLOW_LAST = [
+    "test_hub",
+    "test_sched_native",
     "test_streaming_chaos",
     "test_streaming_soak",
     "test_demo",
     "test_span_pool",
     "test_inference_memory",
+    "test_gpu",
     "test_packaging",
     "test_parity",
 ]
