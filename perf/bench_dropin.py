@@ -32,7 +32,7 @@ import itertools
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -65,6 +65,16 @@ FIRST = {
 }
 WHOLE = {"ten minutes": "ten minutes.wav", "hour": "hour.wav"}
 TASKS = ("short", "detected", "eight files", *WHOLE, *FIRST)
+
+SECONDS = {"short": 0, "file": 20, "ten minutes": 600, "hour": HOUR}  # 0: one clip
+CODECS = {".flac": "flac", ".mp3": "libmp3lame"}
+FILES_OF = {
+    "short": (),
+    "detected": (),
+    "eight files": ("file.wav",),
+    **{task: (file,) for task, file in WHOLE.items()},
+    **{task: ("hour.wav", file) for task, (file, _) in FIRST.items()},
+}
 
 # What the ratio of times, theirs to ours, shall be at least; and that of memory, ours to theirs, at
 # most for an hour of audio.
@@ -100,6 +110,13 @@ def load(peer, directory, compute_type, threads):
     from speechrnt import WhisperModel
 
     return WhisperModel(directory, **options), {"audio_context": "full"}
+
+
+def peak_memory():
+    """Return the most memory this process had resident, in MiB."""
+    # Not `getrusage`, which counts what the parent had before this program began.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def timed(function):
@@ -140,7 +157,7 @@ def measure(peer, task, weights, directory, compute_type, threads, files):
         seconds, said = timed(lambda: next(model.transcribe(path, **options)[0]).tokens)
     else:
         seconds, said = timed(lambda: whole(str(files / WHOLE[task])))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory()
     said = json.dumps([list(map(int, tokens)) for tokens in flattened(said)])
     digest = hashlib.sha256(said.encode()).hexdigest()[:12]
     print(json.dumps([seconds, peak, digest, said.count(",") + 1]))
@@ -156,22 +173,25 @@ def flattened(said):
 # In the process that compares them.
 
 
-def write_recordings(directory):
-    """Write what is measured, as far as it is not there: English speech of several lengths."""
+def write_recordings(directory, tasks):
+    """Write what the tasks need, as far as it is not there: English speech of several lengths."""
     clips = [read_wav(path) for path in sorted((ROOT / "tests" / "samples").glob("*_en.wav"))]
     pause = np.zeros(RATE // 2, np.float32)
     speech = np.concatenate([piece for clip in clips for piece in (clip, pause)])
-    lengths = {"short": 0, "file": 20, "ten minutes": 600, "hour": HOUR}
-    for name, seconds in lengths.items():
-        path = directory / f"{name}.wav"
-        if not path.exists():
-            samples = np.resize(speech, seconds * RATE) if seconds else clips[0]
-            with wave.open(str(path), "wb") as file:
-                file.setparams((1, 2, RATE, 0, "NONE", ""))
-                file.writeframes((samples * 32767).astype("<i2").tobytes())
-    for name, codec in (("hour.flac", "flac"), ("hour.mp3", "libmp3lame")):
-        if not (directory / name).exists():
-            transcode(directory / "hour.wav", directory / name, codec)
+    files = {file for task in tasks for file in FILES_OF[task]} | {"short.wav"}
+    # The others are made of WAV.
+    for name in sorted(files, key=lambda name: not name.endswith(".wav")):
+        path = directory / name
+        if path.exists():
+            continue
+        if not name.endswith(".wav"):
+            transcode(directory / "hour.wav", path, CODECS[path.suffix])
+            continue
+        seconds = SECONDS[path.stem]
+        samples = np.resize(speech, seconds * RATE) if seconds else clips[0]
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes((samples * 32767).astype("<i2").tobytes())
 
 
 def transcode(source, target, codec, rate=44_100, layout="stereo"):
@@ -278,7 +298,7 @@ def compare(arguments):
     with tempfile.TemporaryDirectory() as scratch:
         files = arguments.scratch or Path(scratch)
         files.mkdir(parents=True, exist_ok=True)
-        write_recordings(files)
+        write_recordings(files, arguments.tasks)
         left_out = []
         for task, weights, compute_type, threads in itertools.product(*kinds):
             if time.monotonic() - began > arguments.minutes * 60:
