@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from . import inference_memory
+from . import _mel_task, inference_memory
 from ._sched import Priority, Scheduler
 from .audio import SAMPLE_RATE, load_audio
 from .events import Closed, Committed, Event, Final, Partial
+from .features import HOP_LENGTH
 from .models import load_model
 from .pools import AudioBufferPool, PoolLimits
 from .stt import OptimizedSTTFactory, PerformanceOptimizedSTT
@@ -39,6 +40,7 @@ def run() -> None:
     _show_buffers(show)
     _show_inference_memory(show)
     _show_scheduler(show)
+    _show_stealing(show)
     with OptimizedSTTFactory.create_optimized() as stt:
         _show_stream(show, stt)
         _show_engine(show, stt)
@@ -161,6 +163,31 @@ def _show_scheduler(show: _Screen) -> None:
         done = scheduler.statistics()
     shares = ", ".join(f"{worker.executed}" for worker in done.workers)
     show.line(f"{sum(done.executed.values())} tasks, by worker: {shares}")
+
+
+def _show_stealing(show: _Screen) -> None:
+    show.heading("Work stealing: features of 64 windows of 10 s, spawned by one task")
+    samples = np.random.default_rng(0).uniform(-0.1, 0.1, 10 * SAMPLE_RATE).astype(np.float32)
+    features = np.empty((64, 80, len(samples) // HOP_LENGTH), np.float32)
+
+    def spawn(scheduler: Scheduler, done: queue.SimpleQueue[float | None]) -> None:
+        for window in features:
+            _mel_task.spawn(
+                scheduler, Priority.NORMAL, samples, window, lambda maximum, _: done.put(maximum)
+            )
+
+    for name, stealing in (("without", False), ("with stealing", True)):
+        done: queue.SimpleQueue[float | None] = queue.SimpleQueue()
+        with Scheduler(workers=2, stealing=stealing) as scheduler:
+            started = time.perf_counter()
+            scheduler.submit(spawn, scheduler, done).result()
+            for _ in features:
+                done.get()
+            seconds = time.perf_counter() - started
+            scheduler.drain()
+            work = scheduler.statistics()
+        shares = ", ".join(f"{worker.executed}" for worker in work.workers)
+        show.line(f"{name:16} {seconds * 1e3:8.1f} ms   by worker: {shares}; {work.stolen} stolen")
 
 
 def _show_stream(show: _Screen, stt: PerformanceOptimizedSTT) -> None:

@@ -22,10 +22,17 @@ def test_the_demo_shows_every_part_without_a_terminal():
         "Memory pools",
         "Inference memory",
         "Scheduler",
+        "Work stealing",
         "Streaming",
         "All together",
         "Report",
     ]
     assert "\x1b" not in done.stdout
     assert "In one piece the recording gives the same text." in done.stdout
+    without, stolen = (
+        int(line.split("; ")[1].split()[0])
+        for line in done.stdout.splitlines()
+        if "stolen" in line and "by worker" in line
+    )
+    assert without == 0 < stolen
     assert "Healthy." in done.stdout
