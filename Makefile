@@ -59,6 +59,7 @@ bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_dispatcher.py --quick
 	$(BIN)/python perf/bench_serving.py --quick
 	$(BIN)/python perf/bench_stream_readers.py --rounds 1
+	$(BIN)/python perf/bench_statistics.py --rounds 3 --seconds 0.5
 	$(BIN)/python perf/accuracy.py
 
 docs: $(VENV)/.docs ## build the documentation in build/site, with its links checked

@@ -534,7 +534,15 @@ class PerformanceOptimizedSTT:
             For how long a job may wait for the model, and a call of it run.
         probe_s
             Decode a second of noise now, and give it so many seconds. None: do not.
+
+        Raises
+        ------
+        OptionError
+            If a number of seconds is none.
+        ModelError
+            If the engine belongs to the parent process.
         """
+        self._check_process()
         bound_s = _checked_seconds("latency_bound_s", latency_bound_s)
         oldest_wait_s, longest_call_s = self._dispatcher.delays()
         inference = inference_memory.statistics()

@@ -309,7 +309,7 @@ futures = [stt.transcribe_async(audio, "en") for _ in range(20)]
 pid = os.fork()
 if not pid:
     for call in (
-        lambda: stt.transcribe_async(audio), stt.warm_up, stt.statistics, stt.stream,
+        lambda: stt.transcribe_async(audio), stt.warm_up, stt.statistics, stt.health, stt.stream,
     ):
         try:
             call()
