@@ -63,7 +63,7 @@ bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/accuracy.py
 
 docs: $(VENV)/.docs ## build the documentation in build/site, with its links checked
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 wheel: $(VENV)/.wheel ## make sdist and wheel in dist/, test the wheel in an empty environment
 	rm -rf build/dist dist
