@@ -60,7 +60,7 @@ class Case:
     def __init__(self, model, frames, beam_size):
         self.model, self.frames = model, frames
         tokenizer = model.tokenizer
-        self.prompt = build_prompt(tokenizer, "en", "transcribe", (), True)
+        self.prompt = self.prompt_for("en")
         self.limit = length_limit(N_TOKENS, len(self.prompt))
         # No window ends before the others, so that all do the same work.
         self.search = SearchOptions(beam_size=beam_size, suppress_tokens=(tokenizer.eot,))
@@ -100,6 +100,9 @@ class Case:
             return_no_speech_prob=True,
         )
 
+    def prompt_for(self, language):
+        return build_prompt(self.model.tokenizer, language, "transcribe", (), True)
+
     def write_features(self, out):
         out[:] = self.features
 
@@ -109,10 +112,10 @@ class Case:
 
         return Job(
             frames=self.frames,
-            write_features=self.write_features,
+            features=self.write_features,
             language="en",
-            task="transcribe",
-            previous_tokens=(),
+            prompt=self.prompt_for,
+            prompt_shape=0,
             max_length=self.limit,
             search=self.search,
             done=done,

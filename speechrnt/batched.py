@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .audio import SAMPLE_RATE, AudioInput, load_audio
+from .batching import JobResult
+from .callers import Caller
 from .decoding import (
     DecodingResult,
     build_prompt,
     compression_ratio,
     parse_result,
-    search_arguments,
     split_by_timestamps,
 )
 from .errors import OptionError
@@ -31,7 +32,7 @@ from .features import FRAMES_PER_SECOND, WINDOW_FRAMES, WINDOW_SECONDS, FeatureE
 from .models import Model
 from .results import Segment, TranscriptionInfo, TranscriptionOptions
 from .segments import Segments
-from .sequential import Hints
+from .sequential import Hints, at_temperature, search_options
 from .speech_timestamps import (
     SpeechTimestampsMap,
     TimeSpan,
@@ -40,7 +41,6 @@ from .speech_timestamps import (
     get_speech_timestamps,
     vad_options,
 )
-from .tokenizer import TIME_PRECISION
 from .transcribe import (
     APPEND_PUNCTUATIONS,
     PREPEND_PUNCTUATIONS,
@@ -267,7 +267,8 @@ class BatchedInferencePipeline:
         duration_after_vad = sum(span["end"] - span["start"] for span in spans) / SAMPLE_RATE
         if not duration_after_vad:
             chunks = []
-        batches = _Batches(self.model, chunks, options, task, int(batch_size), speech)
+        caller = Caller(self.model._dispatcher)
+        batches = _Batches(self.model, caller, chunks, options, task, int(batch_size), speech)
         all_language_probs, language_probability = None, 1.0
         if language is None:
             language, language_probability, all_language_probs = batches.detect_language(
@@ -285,7 +286,10 @@ class BatchedInferencePipeline:
             warnings=tuple(warnings),
         )
         segments = Segments(
-            lambda progress: batches.segments(code, progress), duration_after_vad, log_progress
+            lambda progress: batches.segments(code, progress),
+            duration_after_vad,
+            log_progress,
+            on_cancel=caller.cancel,
         )
         return segments, info
 
@@ -296,6 +300,7 @@ class _Batches:
     def __init__(
         self,
         model: WhisperModel,
+        caller: Caller,
         chunks: Sequence[_Chunk],
         options: TranscriptionOptions,
         task: str,
@@ -303,6 +308,7 @@ class _Batches:
         speech: SpeechTimestampsMap | None,
     ) -> None:
         self._model: Model = model._model
+        self._caller = caller
         self._extractor: FeatureExtractor = model.feature_extractor
         self._chunks = chunks
         self._options = options
@@ -311,6 +317,7 @@ class _Batches:
         self._speech = speech
         tokenizer = self._model.tokenizer
         self._hints = Hints(tokenizer, options)
+        self._search = search_options(options)
         prompt = options.initial_prompt
         self._previous = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt or ()
 
@@ -326,7 +333,7 @@ class _Batches:
             n_frames += pieces[-1].shape[1]
         pieces.append(np.full((self._model.n_mels, 1), _SILENT_FRAME, dtype=np.float32))
         joined = np.concatenate(pieces, axis=1)
-        return detect_language(self._model, joined, max_windows, threshold)
+        return detect_language(self._caller, joined, max_windows, threshold)
 
     def segments(self, language: str, progress: Callable[[float], None]) -> Iterator[Segment]:
         """Decode batch after batch; the features of the next one are computed meanwhile."""
@@ -343,17 +350,19 @@ class _Batches:
                 windows = features.result()
                 if index + 1 < len(groups):
                     features = executor.submit(self._windows, groups[index + 1])
-                encoding = self._model.encode(windows)
+                answer = self._ask(windows, None if self._options.multilingual else language)
                 languages = [language] * len(group)
-                if self._options.multilingual:
-                    probabilities = self._model.detect_languages(encoding)
-                    languages = [ranked[0][0] for ranked in probabilities]
-                results = self._decode(encoding, languages)
+                if answer.rankings is not None:
+                    languages = [ranking[0][0] for ranking in answer.rankings]
+                results = self._results(answer)
                 passages = [
                     self._passages(chunk, result)
                     for chunk, result in zip(group, results, strict=True)
                 ]
                 if self._options.word_timestamps:
+                    encoding = answer.encoding
+                    if encoding is None:
+                        encoding = self._model.encode(windows)
                     speech_end = self._align(encoding, group, passages, languages, speech_end)
                 for chunk, result, of_chunk in zip(group, results, passages, strict=True):
                     for passage in of_chunk:
@@ -373,43 +382,44 @@ class _Batches:
             window[:, : features.shape[1]] = features
         return windows
 
-    def _decode(
-        self, encoding: ctranslate2.StorageView, languages: Sequence[str]
-    ) -> list[DecodingResult]:
-        options, tokenizer = self._options, self._model.tokenizer
-        prompts = [
-            build_prompt(
-                tokenizer,
-                language,
-                self._task,
-                self._previous,
-                options.without_timestamps,
-                hotwords=self._hints.hotwords,
-                new_tokens=self._hints.new_tokens,
-            )
-            for language in languages
-        ]
-        max_length = self._hints.max_length(prompts[0])
-        [temperature] = options.temperatures
-        outputs = self._model.generate(
-            encoding,
-            prompts,
-            length_penalty=options.length_penalty,
-            repetition_penalty=options.repetition_penalty,
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            max_length=max_length,
-            return_scores=True,
-            return_no_speech_prob=True,
-            suppress_blank=options.suppress_blank,
-            suppress_tokens=options.suppress_tokens,
-            max_initial_timestamp_index=round(options.max_initial_timestamp / TIME_PRECISION),
-            **search_arguments(temperature, options.beam_size, options.patience, options.best_of),
+    def _prompt(self, language: str) -> list[int]:
+        return build_prompt(
+            self._model.tokenizer,
+            language,
+            self._task,
+            self._previous,
+            self._options.without_timestamps,
+            hotwords=self._hints.hotwords,
+            new_tokens=self._hints.new_tokens,
         )
+
+    def _ask(self, windows: NDArray[np.float32], language: str | None) -> JobResult:
+        """Have the model decode windows; without a language, it is detected for each."""
+        options = self._options
+        length = len(self._prompt(language or self._model.tokenizer.languages[0]))
+        [temperature] = options.temperatures
+        return self._caller.decode(
+            windows,
+            language,
+            self._prompt,
+            (length, 0, options.without_timestamps),
+            self._hints.max_length(length),
+            at_temperature(self._search, temperature, options),
+        )
+
+    def _results(self, answer: JobResult) -> list[DecodingResult]:
+        options, length = self._options, answer.prompt_length
+        [temperature] = options.temperatures
         return [
             parse_result(
-                output, tokenizer, len(prompt), temperature, options.length_penalty, max_length
+                output,
+                self._model.tokenizer,
+                length,
+                temperature,
+                options.length_penalty,
+                self._hints.max_length(length),
             )
-            for output, prompt in zip(outputs, prompts, strict=True)
+            for output in answer.outputs
         ]
 
     def _passages(self, chunk: _Chunk, result: DecodingResult) -> list[Passage]:

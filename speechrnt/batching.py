@@ -5,6 +5,8 @@ worker that comes free takes the next one and encodes it; as long as the batch i
 pays (`BatchSizes`) and the queue holds jobs that fit, it takes and encodes more of them; then it
 decodes them together. So jobs join until the decoder starts, nobody waits for a timer, and several
 workers share a queue evenly.
+
+The workers are threads of the dispatcher's, or, in `CallerDispatcher`, whoever waits for a job.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from traceback import clear_frames
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import ctranslate2
 import numpy as np
@@ -25,12 +28,11 @@ from numpy.typing import NDArray
 
 from ._sched import Priority
 from .batch_sizes import BatchSizes, Costs
-from .decoding import build_prompt, length_limit
+from .decoding import build_prompt, length_limit, search_arguments
 from .errors import DeadlineExceeded, ModelError, Overloaded, SpeechRNTError
 from .executor import Executor
 from .job_queue import JobQueue
 from .models import Model
-from .pools import AudioBufferPool
 
 __all__ = ["Dispatcher", "DispatcherStatistics", "Executor", "Job", "JobResult", "SearchOptions"]
 
@@ -49,62 +51,109 @@ _LEAST_RETRY_AFTER_S = 0.1
 _UNMEASURED_S = 1e-4
 
 
+class _Buffer(Protocol):
+    @property
+    def array(self) -> NDArray[np.float32]: ...
+
+
+class Buffers(Protocol):
+    """Where features and encodings of a batch are put together, such as an `AudioBufferPool`."""
+
+    def acquire(self, size: int, /) -> AbstractContextManager[_Buffer]:
+        """Return so many floats, for as long as the context lasts."""
+
+
 @dataclass(frozen=True)
 class SearchOptions:
-    """How CTranslate2 shall search; the same for all of a batch. See `Whisper.generate`."""
+    """How CTranslate2 shall search; the same for all of a batch. See `Whisper.generate`.
+
+    At a `temperature` above 0 it draws `best_of` candidates instead.
+    """
 
     beam_size: int = 5
     patience: float = 1.0
+    temperature: float = 0.0
+    best_of: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     suppress_blank: bool = True
     suppress_tokens: tuple[int, ...] = ()
+    max_initial_timestamp_index: int = 50
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them as CTranslate2 takes them."""
+        return {
+            "length_penalty": self.length_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "no_repeat_ngram_size": self.no_repeat_ngram_size,
+            "suppress_blank": self.suppress_blank,
+            "suppress_tokens": list(self.suppress_tokens),
+            "max_initial_timestamp_index": self.max_initial_timestamp_index,
+            **search_arguments(self.temperature, self.beam_size, self.patience, self.best_of),
+        }
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What the model says of one window.
+    """What the model says of a job's windows.
 
     Attributes
     ----------
-    output
-        The transcript.
+    outputs
+        The transcript of each; none if only the encoding was asked for.
     prompt_length
-        Tokens that it was decoded from.
-    languages
-        Code and probability of each language, best first, if they were asked for.
+        Tokens that they were decoded from.
+    rankings
+        For each, code and probability of each language, best first, if they were asked for.
     encoding
-        The encoder's output, for another attempt at the same window; None where it cannot be kept.
+        The encoder's output, for another attempt at them; None where it cannot be kept.
     queue_s, encode_s, decode_s
-        Seconds in the queue, and of the model's calls that this window was part of.
+        Seconds in the queue, and of the model's calls that the job was part of.
     """
 
-    output: ctranslate2.models.WhisperGenerationResult
+    outputs: Sequence[ctranslate2.models.WhisperGenerationResult]
     prompt_length: int
-    languages: LanguageProbabilities | None
+    rankings: Sequence[LanguageProbabilities] | None
     encoding: ctranslate2.StorageView | None
     queue_s: float
     encode_s: float
     decode_s: float
 
+    @property
+    def output(self) -> ctranslate2.models.WhisperGenerationResult:
+        """The transcript of the only window."""
+        [output] = self.outputs
+        return output
+
+    @property
+    def languages(self) -> LanguageProbabilities | None:
+        """The languages of the only window."""
+        return None if self.rankings is None else self.rankings[0]
+
 
 @dataclass(eq=False)
 class Job:
-    """One window for the model.
+    """One window for the model, or some that belong together.
 
     Attributes
     ----------
     frames
         Mel frames of the encoder's context.
-    write_features
-        Writes them to an array of shape (n_mels, frames), float32; called by a model worker.
-    language, task, previous_tokens
-        Of the prompt. Without a language, it is detected first.
+    features
+        An array of shape (windows, n_mels, frames), float32; or what writes one window to an array
+        of shape (n_mels, frames), called by a model worker.
+    language
+        What is spoken. None: it is detected first, for each window.
+    prompt
+        Returns the tokens to decode from, given the language: as many for one as for another.
+    prompt_shape
+        What has to be equal for prompts to share a batch: how many tokens there are before
+        <|startoftranscript|>, and after.
     max_length
         CTranslate2's limit: see `decoding.length_limit`.
     search
-        How to search.
+        How to search; None to encode only, and to detect the language if there is none.
     done, failed
         One of them is called, once, by the executor; neither if the job was cancelled.
     priority, deadline, client
@@ -116,12 +165,12 @@ class Job:
     """
 
     frames: int
-    write_features: Callable[[NDArray[np.float32]], None]
+    features: NDArray[np.float32] | Callable[[NDArray[np.float32]], None]
     language: str | None
-    task: str
-    previous_tokens: Sequence[int]
+    prompt: Callable[[str], list[int]]
+    prompt_shape: Hashable
     max_length: int
-    search: SearchOptions
+    search: SearchOptions | None
     done: Callable[[JobResult], None]
     failed: Callable[[Exception], None]
     priority: Priority = Priority.NORMAL
@@ -135,7 +184,22 @@ class Job:
 
     def __post_init__(self) -> None:
         # CTranslate2 takes one set of options and one place of <|startoftranscript|> per call.
-        self.key = (self.frames, len(self.previous_tokens), self.max_length, self.search, self.lane)
+        self.key = (self.frames, self.prompt_shape, self.max_length, self.search, self.lane)
+        if self.search is not None and self.search.temperature:
+            # What is drawn depends on all that is drawn in the same call.
+            self.key = (self.key, id(self))
+
+    @property
+    def n_windows(self) -> int:
+        """How many windows it has."""
+        return 1 if callable(self.features) else len(self.features)
+
+    def write_features(self, out: NDArray[np.float32]) -> None:
+        """Write the features to an array of shape (windows, n_mels, frames)."""
+        if callable(self.features):
+            self.features(out[0])
+        else:
+            out[:] = self.features
 
 
 @dataclass(frozen=True)
@@ -183,8 +247,10 @@ class _Item:
     job: Job
     started_at: float
     encoding: Any = None  # ctranslate2.StorageView, once there is one
+    is_alone: bool = True  # in the encoder's output
     encode_s: float = 0.0
-    languages: LanguageProbabilities | None = None
+    rankings: Sequence[LanguageProbabilities] | None = None
+    is_answered: bool = False
 
 
 class Dispatcher:
@@ -204,6 +270,8 @@ class Dispatcher:
         Runs the jobs' callbacks.
     max_queued
         Jobs that may wait.
+    has_threads
+        Whether the workers are threads of its own.
     """
 
     def __init__(
@@ -211,9 +279,10 @@ class Dispatcher:
         model: Model,
         workers: int,
         sizes: BatchSizes,
-        buffers: AudioBufferPool,
+        buffers: Buffers,
         executor: Executor,
         max_queued: int,
+        has_threads: bool = True,
     ) -> None:
         self._model = model
         self._sizes = sizes
@@ -237,7 +306,7 @@ class Dispatcher:
         self._decode_s = 0.0
         self._threads = [
             threading.Thread(target=self._work, name=f"speechrnt-model-{index}", daemon=True)
-            for index in range(workers)
+            for index in range(workers if has_threads else 0)
         ]
         for thread in self._threads:
             thread.start()
@@ -414,27 +483,44 @@ class Dispatcher:
                     if self._is_closed:
                         return
                     self._changed.wait()
-                job = self._queue.pick()
-                assert job is not None
-                in_time = self._admit(job)
-                if in_time:
-                    self._busy_since[threading.current_thread()] = time.monotonic()
-            if not in_time:
-                self._expire(job)
-                del job
-                continue
-            batch = [_Item(job, time.monotonic())]
-            del job
+            self._work_once()
+
+    def _work_once(self) -> None:
+        """Do the next job, with whoever may join it; another worker may have taken it."""
+        with self._changed:
+            job = self._queue.pick()
+            if job is None:
+                return
+            in_time = self._admit(job)
+            if in_time:
+                self._busy_since[threading.current_thread()] = time.monotonic()
+        if not in_time:
+            self._expire(job)
+            return
+        batch = [_Item(job, time.monotonic())]
+        del job
+        try:
             try:
                 results = self._run(batch)
             except Exception as error:
                 self._recover(batch, error)
             else:
                 self._answer(batch, results)
-                del results
-            del batch
+        except BaseException:
+            self._give_back(batch)
+            raise
+        finally:
             with self._changed:
                 del self._busy_since[threading.current_thread()]
+
+    def _give_back(self, batch: list[_Item]) -> None:
+        """Queue again what was not answered, as the thread that worked on it is interrupted."""
+        with self._changed:
+            for item in batch:
+                if not item.is_answered:
+                    self._running -= 1
+                    self._queue.add(item.job, item.job.queued_at)
+            self._changed.notify_all()
 
     def _admit(self, job: Job) -> bool:
         """Count a picked job as running, unless it is too late for it; called with the lock."""
@@ -448,18 +534,19 @@ class Dispatcher:
         late = DeadlineExceeded("the model had not come to this when its deadline passed")
         self._deliver(job, job.failed, late)
 
-    def _join(self, batch: list[_Item], most: int) -> list[_Item]:
-        """Take more jobs for the batch, at most so many."""
+    def _join(self, batch: list[_Item], most: int, room: int) -> list[_Item]:
+        """Take more jobs for the batch, at most so many, with at most so many windows."""
         joined: list[_Item] = []
         expired: list[Job] = []
         leader = batch[0].job
         with self._changed:
-            while len(joined) < most:
-                job = self._queue.pick_like(leader)
+            while len(joined) < most and room > 0:
+                job = self._queue.pick_like(leader, room)
                 if job is None:
                     break
                 if self._admit(job):
                     joined.append(_Item(job, time.monotonic()))
+                    room -= job.n_windows
                 else:
                     expired.append(job)
         for job in expired:
@@ -470,42 +557,46 @@ class Dispatcher:
     def _run(self, batch: list[_Item]) -> list[JobResult]:
         """Encode and decode a batch, and whoever joins it meanwhile."""
         started = time.monotonic()
-        encode_size, decode_size = self._sizes.of(batch[0].job.frames)
-        new = batch[:]
-        if encode_size > 1:
-            new += self._join(batch, encode_size - 1)
+        frames = batch[0].job.frames
+        encode_size, decode_size = self._sizes.of(frames)
+        n_windows = batch[0].job.n_windows
+        new = [*batch, *self._join(batch, encode_size - 1, encode_size - n_windows)]
         self._encode(new)
-        while self._joins_encodings and len(batch) < decode_size:
-            new = self._join(batch, min(encode_size, decode_size - len(batch)))
+        if batch[0].job.search is None:
+            return [self._result(item) for item in batch]
+        while self._joins_encodings:
+            new = self._join(batch, encode_size, decode_size - _n_windows(batch))
             if not new:
                 break
             self._encode(new)
         results = self._decode(batch)
-        self._sizes.observe(batch[0].job.frames, len(batch), time.monotonic() - started)
+        self._sizes.observe(frames, _n_windows(batch), time.monotonic() - started)
         return results
 
     def _encode(self, items: list[_Item]) -> None:
-        """Encode some windows with one call, and detect their languages where that is asked."""
+        """Encode some jobs with one call, and detect their languages where that is asked."""
         started = time.monotonic()
         job = items[0].job
         if len(items) == 1 and job.encoding is not None:
             encoding = job.encoding
+        elif len(items) == 1 and not callable(job.features):
+            encoding = self._model.encode(job.features)
         else:
-            shape = (len(items), self._model.n_mels, job.frames)
+            shape = (_n_windows(items), self._model.n_mels, job.frames)
             with self._buffers.acquire(int(np.prod(shape))) as buffer:
                 features = buffer.array.reshape(shape)
-                for item, window in zip(items, features, strict=True):
+                for item, window in zip(items, _parts(items, features), strict=True):
                     item.job.write_features(window)
                 encoding = self._model.encode(features)
                 del features, window
-        asking = [item for item in items if item.job.language is None]
-        if asking:
-            languages = self._model.detect_languages(encoding)
-            for item, probabilities in zip(items, languages, strict=True):
-                item.languages = probabilities if item.job.language is None else None
+        if any(item.job.language is None for item in items):
+            rankings = self._model.detect_languages(encoding)
+            for item, of_job in zip(items, _parts(items, rankings), strict=True):
+                item.rankings = of_job if item.job.language is None else None
         elapsed = time.monotonic() - started
         for item in items:
             item.encoding = encoding
+            item.is_alone = len(items) == 1
             item.encode_s = elapsed
         with self._changed:
             self._encode_s += elapsed
@@ -513,26 +604,18 @@ class Dispatcher:
     def _decode(self, batch: list[_Item]) -> list[JobResult]:
         started = time.monotonic()
         job = batch[0].job
+        assert job.search is not None
         prompts = [
-            build_prompt(
-                self._model.tokenizer,
-                item.languages[0][0] if item.languages else str(item.job.language),
-                item.job.task,
-                item.job.previous_tokens,
-                True,
-                max(len(item.job.previous_tokens), 1),
-            )
+            item.job.prompt(language)
             for item in batch
+            for language in (
+                [str(item.job.language)] * item.job.n_windows
+                if item.rankings is None
+                else [ranking[0][0] for ranking in item.rankings]
+            )
         ]
-        search = job.search
         options = {
-            "beam_size": search.beam_size,
-            "patience": search.patience,
-            "length_penalty": search.length_penalty,
-            "repetition_penalty": search.repetition_penalty,
-            "no_repeat_ngram_size": search.no_repeat_ngram_size,
-            "suppress_blank": search.suppress_blank,
-            "suppress_tokens": list(search.suppress_tokens),
+            **job.search.arguments(),
             "max_length": job.max_length,
             "return_scores": True,
             "return_no_speech_prob": True,
@@ -546,27 +629,36 @@ class Dispatcher:
         _, room = self._sizes.of(job.frames)
         with self._changed:
             self._decode_s += decode_s
-            self._batch_sizes[len(batch)] += 1
-            self._batch_room += max(room, len(batch))
+            self._batch_sizes[len(prompts)] += 1
+            self._batch_room += max(room, len(prompts))
         return [
-            JobResult(
-                output=output,
-                prompt_length=len(prompt),
-                languages=item.languages,
-                encoding=item.encoding if item.encoding.shape[0] == 1 else None,
-                queue_s=item.started_at - item.job.queued_at,
-                encode_s=item.encode_s,
-                decode_s=decode_s,
-            )
-            for item, output, prompt in zip(batch, outputs, prompts, strict=True)
+            self._result(item, of_job, len(prompts[0]), decode_s)
+            for item, of_job in zip(batch, _parts(batch, outputs), strict=True)
         ]
+
+    def _result(
+        self,
+        item: _Item,
+        outputs: Sequence[ctranslate2.models.WhisperGenerationResult] = (),
+        prompt_length: int = 0,
+        decode_s: float = 0.0,
+    ) -> JobResult:
+        return JobResult(
+            outputs=outputs,
+            prompt_length=prompt_length,
+            rankings=item.rankings,
+            encoding=item.encoding if item.is_alone else None,
+            queue_s=item.started_at - item.job.queued_at,
+            encode_s=item.encode_s,
+            decode_s=decode_s,
+        )
 
     def _decode_joined(
         self, batch: list[_Item], prompts: list[list[int]], options: Mapping[str, Any]
     ) -> list[ctranslate2.models.WhisperGenerationResult]:
         """Put encodings from several calls together, and decode them."""
         parts = [np.asarray(encoding) for encoding in dict.fromkeys(i.encoding for i in batch)]
-        shape = (len(batch), *parts[0].shape[1:])
+        shape = (len(prompts), *parts[0].shape[1:])
         with self._buffers.acquire(int(np.prod(shape))) as buffer:
             joined = buffer.array.reshape(shape)
             np.concatenate(parts, out=joined)
@@ -596,12 +688,12 @@ class Dispatcher:
 
     def _answer(self, items: list[_Item], answers: Sequence[JobResult | Exception]) -> None:
         """Count jobs as done or failed, and tell their owners."""
-        n_failed = sum(isinstance(answer, Exception) for answer in answers)
-        with self._changed:
-            self._running -= len(items)
-            self._counts["failed"] += n_failed
-            self._counts["completed"] += len(items) - n_failed
         for item, answer in zip(items, answers, strict=True):
+            has_failed = isinstance(answer, Exception)
+            with self._changed:
+                item.is_answered = True
+                self._running -= 1
+                self._counts["failed" if has_failed else "completed"] += 1
             if isinstance(answer, Exception):
                 self._deliver(item.job, item.job.failed, self._checked_error(answer))
             else:
@@ -622,3 +714,16 @@ class Dispatcher:
             self._executor.submit_nowait(callback, value, priority=job.priority)
         except Exception:  # which would end the worker
             logger.exception("the dispatcher could not deliver a result")
+
+
+def _n_windows(items: Sequence[_Item]) -> int:
+    return sum(item.job.n_windows for item in items)
+
+
+def _parts(items: Sequence[_Item], of_windows: Any) -> Iterator[Any]:
+    """Cut what there is for each window into what there is for each job."""
+    start = 0
+    for item in items:
+        past = start + item.job.n_windows
+        yield of_windows[start:past]
+        start = past

@@ -52,6 +52,10 @@ class Queueable(Protocol):
     client: Hashable | None
     cost_s: float
 
+    @property
+    def n_windows(self) -> int:
+        """How much room it takes in a batch."""
+
 
 _Job = TypeVar("_Job", bound=Queueable)
 _Entry = tuple[float, float, int, float, _Job]  # round, when it is due, number, beginning, job
@@ -140,18 +144,20 @@ class JobQueue(Generic[_Job]):
                 return self._take(level, key)
         return None
 
-    def pick_like(self, leader: _Job) -> _Job | None:
+    def pick_like(self, leader: _Job, room: int) -> _Job | None:
         """Remove and return the next job that may join the batch of `leader`; None if none may.
 
-        None may while a job of higher priority than the leader's waits for something else: the
-        batch is not to delay it. CRITICAL jobs take nobody along, for the same reason.
+        None may that has more than `room` windows, and none overtakes it. None may while a job of
+        higher priority than the leader's waits for something else: the batch is not to delay it.
+        CRITICAL jobs take nobody along, for the same reason.
         """
         key = leader.key
         for priority, level in enumerate(self._levels):
             if priority > leader.priority == Priority.CRITICAL:
                 return None
             if key in level.heaps:
-                return self._take(level, key)
+                fits = level.heaps[key][0][-1].n_windows <= room
+                return self._take(level, key) if fits else None
             if level.size and priority < leader.priority:
                 return None
         return None

@@ -373,13 +373,17 @@ class Model:
             )
         return alignments
 
-    def _here(self) -> ctranslate2.models.Whisper:
-        """Return the model if it belongs to this process."""
+    def check_process(self) -> None:
+        """Raise `ModelError` in a forked child of the process that the model belongs to."""
         if os.getpid() != self._process:
             raise ModelError(
                 f"{self.name}: was loaded before this process was forked, and does not work in "
                 "the child; start processes with the 'spawn' method, or before the first model"
             )
+
+    def _here(self) -> ctranslate2.models.Whisper:
+        """Return the model if it belongs to this process."""
+        self.check_process()
         return self.whisper
 
 

@@ -52,10 +52,12 @@ class Segments(Iterator[Segment]):
         duration: float,
         log_progress: bool = False,
         release: Callable[[], None] = lambda: None,
+        on_cancel: Callable[[], None] = lambda: None,
     ) -> None:
         # Nothing that is held here refers back: there is no cycle for the collector to find.
         self._progress = Progress(duration, log_progress)
         self._segments = decode(self._progress)
+        self._on_cancel = on_cancel
         self._release = weakref.finalize(self, _release, self._progress, release)
         self._release.atexit = False
 
@@ -86,6 +88,7 @@ class Segments(Iterator[Segment]):
         Whoever asks for a segment afterwards gets a `concurrent.futures.CancelledError`.
         """
         self._progress.is_cancelled = True
+        self._on_cancel()
 
     def close(self) -> None:
         """End the iteration and free what it holds, as generators do."""

@@ -10,9 +10,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import ctranslate2
+import numpy as np
+from numpy.typing import NDArray
 
+from .batching import SearchOptions
+from .callers import Caller
 from .decoding import (
     MAX_LENGTH,
     MAX_PROMPT_TOKENS,
@@ -20,12 +25,10 @@ from .decoding import (
     build_prompt,
     ends_in_one_timestamp,
     parse_result,
-    search_arguments,
     split_by_timestamps,
 )
 from .errors import OptionError
 from .features import FRAMES_PER_SECOND, FeatureExtractor, Window, Windows
-from .models import Model
 from .results import Segment, TranscriptionOptions
 from .speech_timestamps import SpeechTimestampsMap
 from .tokenizer import TIME_PRECISION, Tokenizer
@@ -40,7 +43,14 @@ from .words import (
     text_tokens,
 )
 
-__all__ = ["DetectedLanguage", "Hints", "SequentialDecoder", "most_likely_language"]
+__all__ = [
+    "DetectedLanguage",
+    "Hints",
+    "SequentialDecoder",
+    "at_temperature",
+    "most_likely_language",
+    "search_options",
+]
 
 logger = logging.getLogger("speechrnt")
 
@@ -111,7 +121,7 @@ class Hints:
             hotwords=self.hotwords,
             prefix=self.prefix,
         )
-        if self.max_length(shortest) > MAX_LENGTH:
+        if self.max_length(len(shortest)) > MAX_LENGTH:
             raise OptionError(
                 f"max_new_tokens: at most {MAX_LENGTH - len(shortest)}, as the decoder has "
                 f"{MAX_LENGTH} positions and the prompt takes {len(shortest)} of them, "
@@ -123,9 +133,32 @@ class Hints:
         """Positions to keep free behind the prompt."""
         return self.max_new_tokens or _LEAST_NEW_TOKENS
 
-    def max_length(self, prompt: Sequence[int]) -> int:
-        """Return CTranslate2's limit for what is decoded from a prompt."""
-        return len(prompt) + self.max_new_tokens if self.max_new_tokens else MAX_LENGTH
+    def max_length(self, prompt_length: int) -> int:
+        """Return CTranslate2's limit for what is decoded from a prompt of so many tokens."""
+        return prompt_length + self.max_new_tokens if self.max_new_tokens else MAX_LENGTH
+
+
+def search_options(options: TranscriptionOptions) -> SearchOptions:
+    """Return how to search at temperature 0."""
+    return SearchOptions(
+        beam_size=options.beam_size,
+        patience=options.patience,
+        length_penalty=options.length_penalty,
+        repetition_penalty=options.repetition_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
+        suppress_blank=options.suppress_blank,
+        suppress_tokens=tuple(options.suppress_tokens),
+        max_initial_timestamp_index=round(options.max_initial_timestamp / TIME_PRECISION),
+    )
+
+
+def at_temperature(
+    search: SearchOptions, temperature: float, options: TranscriptionOptions
+) -> SearchOptions:
+    """Return how to search at any temperature."""
+    if temperature == 0:
+        return search
+    return replace(search, temperature=temperature, best_of=options.best_of)
 
 
 def _hint_tokens(tokenizer: Tokenizer, text: str | None) -> list[int]:
@@ -139,8 +172,8 @@ class SequentialDecoder:
 
     Parameters
     ----------
-    model
-        What decodes.
+    caller
+        The way to the model.
     windows
         The recording.
     options
@@ -158,7 +191,7 @@ class SequentialDecoder:
 
     def __init__(
         self,
-        model: Model,
+        caller: Caller,
         windows: Windows,
         options: TranscriptionOptions,
         task: str,
@@ -166,6 +199,8 @@ class SequentialDecoder:
         clips: Sequence[float] = (),
         speech: SpeechTimestampsMap | None = None,
     ) -> None:
+        model = caller.model
+        self._caller = caller
         self._model = model
         self._windows = windows
         self._options = options
@@ -179,6 +214,7 @@ class SequentialDecoder:
             capabilities.max_prompt_tokens if reduced_context else MAX_PROMPT_TOKENS
         )
         self._hints = Hints(model.tokenizer, options)
+        self._search = search_options(options)
         self._first_encoding: tuple[tuple[int, int], ctranslate2.StorageView] | None = None
 
     def detect_language(self, max_windows: int, threshold: float | None) -> DetectedLanguage:
@@ -192,11 +228,11 @@ class SequentialDecoder:
             seek = 0
         for number in range(max_windows):
             window = windows.at(seek)
-            encoding = self._model.encode(window.features)
-            if not number:
+            result = self._caller.encode(window.features)
+            if not number and result.encoding is not None:
                 # Kept for the decoding of the same window: the encoder is most of the work.
-                self._first_encoding = (window.seek, window.frames), encoding
-            yield self._model.detect_language(encoding)
+                self._first_encoding = (window.seek, window.frames), result.encoding
+            yield result.languages or []
             seek += window.frames
             if windows.content_up_to(seek + 1) <= seek:
                 return
@@ -225,12 +261,12 @@ class SequentialDecoder:
                 windows.forget(min(seek, next_start))
                 window = windows.at(seek, clip_end)
                 windows.prefetch(min(clip_end, seek + window.frames))
-                encoding = self._encode(window)
-                if options.multilingual:
-                    language = self._model.detect_language(encoding)[0][0]
-                prompt = self._prompt(language, transcript[prompt_start:], is_first=not seek)
-                result, encoding = self._decode(window, encoding, prompt)
-                found = self._read(window, encoding, result, language, speech_end)
+                prompt = partial(
+                    self._prompt, previous=transcript[prompt_start:], is_first=not seek
+                )
+                heard = self._decode(window, None if options.multilingual else language, prompt)
+                result, language = heard.result, heard.language
+                found = self._read(window, heard, speech_end)
                 for passage in found.passages:
                     text = tokenizer.decode(passage.tokens)
                     if passage.start == passage.end or not text.strip():
@@ -280,39 +316,45 @@ class SequentialDecoder:
             new_tokens=hints.new_tokens,
         )
 
-    def _encode(self, window: Window) -> ctranslate2.StorageView:
-        first, self._first_encoding = self._first_encoding, None
-        if first is not None and first[0] == (window.seek, window.frames):
-            return first[1]
-        return self._model.encode(window.features)
-
     def _decode(
-        self, window: Window, encoding: ctranslate2.StorageView, prompt: list[int]
-    ) -> tuple[DecodingResult, ctranslate2.StorageView]:
-        """Return the transcript of a window, and the encoder's output that it was made from."""
+        self, window: Window, language: str | None, prompt: Callable[[str], list[int]]
+    ) -> _Heard:
+        """Return the transcript of a window; without a language, it is detected."""
+        first, self._first_encoding = self._first_encoding, None
+        encoding = None
+        if first is not None and first[0] == (window.seek, window.frames):
+            encoding = first[1]
+        features = window.features
         temperatures = self._options.temperatures
         if not self._retry_in_full:
-            return self._decode_with_fallback(encoding, prompt, temperatures), encoding
-        result = self._decode_with_fallback(encoding, prompt, temperatures[:1])
+            return self._decode_with_fallback(features, encoding, language, prompt, temperatures)
+        heard = self._decode_with_fallback(features, encoding, language, prompt, temperatures[:1])
+        result = heard.result
         if (
             result.is_cut_off
             or result.compression_ratio > _REDUCED_MAX_COMPRESSION_RATIO
             or result.avg_logprob < _REDUCED_MIN_LOGPROB
         ):
             logger.debug("transcript of reduced context rejected at %.2f s", window.start)
-            encoding = self._model.encode(self._windows.full_context(window).features)
-            result = self._decode_with_fallback(encoding, prompt, temperatures)
-        return result, encoding
+            features = self._windows.full_context(window).features
+            return self._decode_with_fallback(features, None, heard.language, prompt, temperatures)
+        return heard
 
     def _decode_with_fallback(
-        self, encoding: ctranslate2.StorageView, prompt: list[int], temperatures: Sequence[float]
-    ) -> DecodingResult:
+        self,
+        features: NDArray[np.float32],
+        encoding: ctranslate2.StorageView | None,
+        language: str | None,
+        prompt: Callable[[str], list[int]],
+        temperatures: Sequence[float],
+    ) -> _Heard:
         """Return the first transcript that meets the thresholds, or else the most probable one."""
         results = []
         for temperature in temperatures:
-            result = self._decode_once(encoding, prompt, temperature)
+            heard = self._decode_once(features, encoding, language, prompt, temperature)
+            result, language, encoding = heard.result, heard.language, heard.encoding
             if not _needs_fallback(result, self._options):
-                return result
+                return heard
             logger.debug(
                 "transcript at temperature %.1f rejected: compression ratio %.2f, "
                 "average log probability %.2f",
@@ -324,46 +366,42 @@ class SequentialDecoder:
         acceptable = [result for result in results if not _is_repetitive(result, self._options)]
         best = max(acceptable or results, key=lambda result: result.avg_logprob)
         # The last temperature decides whether the transcript so far is forgotten.
-        return replace(best, temperature=temperatures[-1])
+        return replace(heard, result=replace(best, temperature=temperatures[-1]))
 
     def _decode_once(
-        self, encoding: ctranslate2.StorageView, prompt: list[int], temperature: float
-    ) -> DecodingResult:
-        options = self._options
-        max_length = self._hints.max_length(prompt)
-        [result] = self._model.generate(
-            encoding,
-            [prompt],
-            length_penalty=options.length_penalty,
-            repetition_penalty=options.repetition_penalty,
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            max_length=max_length,
-            return_scores=True,
-            return_no_speech_prob=True,
-            suppress_blank=options.suppress_blank,
-            suppress_tokens=options.suppress_tokens,
-            max_initial_timestamp_index=round(options.max_initial_timestamp / TIME_PRECISION),
-            **search_arguments(temperature, options.beam_size, options.patience, options.best_of),
-        )
-        return parse_result(
-            result,
-            self._model.tokenizer,
-            len(prompt),
-            temperature,
-            options.length_penalty,
+        self,
+        features: NDArray[np.float32],
+        encoding: ctranslate2.StorageView | None,
+        language: str | None,
+        prompt: Callable[[str], list[int]],
+        temperature: float,
+    ) -> _Heard:
+        options, tokenizer = self._options, self._model.tokenizer
+        length = len(prompt(language or tokenizer.languages[0]))
+        max_length = self._hints.max_length(length)
+        answer = self._caller.decode(
+            features,
+            language,
+            prompt,
+            (length, len(self._hints.prefix), options.without_timestamps),
             max_length,
+            at_temperature(self._search, temperature, options),
+            encoding,
         )
+        result = parse_result(
+            answer.output, tokenizer, length, temperature, options.length_penalty, max_length
+        )
+        spoken = answer.languages[0][0] if answer.languages else str(language)
+        return _Heard(result, spoken, features, answer.encoding)
 
     def _read(
         self,
         window: Window,
-        encoding: ctranslate2.StorageView,
-        result: DecodingResult,
-        language: str,
+        heard: _Heard,
         speech_end: float,
     ) -> _Found:
         """Return what a window's transcript says, and where to go on."""
-        options = self._options
+        options, result = self._options, heard.result
         timestamp_begin = self._model.tokenizer.timestamp_begin
         if _is_silent(result, options):
             return _Found([], window.seek + window.frames, speech_end, is_heard=False)
@@ -386,7 +424,7 @@ class SequentialDecoder:
         if not options.word_timestamps:
             return _Found(passages, seek, speech_end)
 
-        self._align(window, encoding, passages, language, speech_end)
+        self._align(window, heard, passages, speech_end)
         last = last_end(passages)
         is_done = ends_in_one_timestamp(result.tokens, timestamp_begin)
         if not is_done and last is not None and last > window.start:
@@ -421,16 +459,17 @@ class SequentialDecoder:
     def _align(
         self,
         window: Window,
-        encoding: ctranslate2.StorageView,
+        heard: _Heard,
         passages: list[Passage],
-        language: str,
         speech_end: float,
     ) -> None:
         """Give the passages of a window their words."""
-        tokenizer = self._model.tokenizer
+        tokenizer, language, encoding = self._model.tokenizer, heard.language, heard.encoding
         text = [token for each in passages for token in text_tokens(tokenizer, each.tokens)]
         alignment = None
         if text:
+            if encoding is None:
+                encoding = self._model.encode(heard.features)
             [alignment] = self._model.align(
                 encoding,
                 tokenizer.sot_sequence(language, self._task),
@@ -469,6 +508,22 @@ class SequentialDecoder:
             words=finished(words),
             temperature=result.temperature,
         )
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A window's transcript, its language, and what it was made from.
+
+    Attributes
+    ----------
+    encoding
+        The encoder's output of `features`, if it could be kept.
+    """
+
+    result: DecodingResult
+    language: str
+    features: NDArray[np.float32]
+    encoding: ctranslate2.StorageView | None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .audio import SAMPLE_RATE, Audio, AudioInput, float_blocks, load_audio, open_audio
 from .audio_file import LENGTH_TOLERANCE_S, AudioReader
+from .callers import Caller, CallerDispatcher
 from .decoding import MAX_LENGTH
 from .errors import OptionError
 from .features import (
@@ -62,7 +63,8 @@ class WhisperModel:
     """A Whisper model with faster-whisper's interface.
 
     Immutable after construction: any number of threads may transcribe with it, each with its own
-    options; up to `num_workers` of them run at the same time.
+    options. Up to `num_workers` calls of CTranslate2 run at the same time; windows that wait for
+    them share calls where their options are the same.
 
     Parameters
     ----------
@@ -128,6 +130,7 @@ class WhisperModel:
         self.feature_extractor = FeatureExtractor(self._model.n_mels)
         # One core has no time for features while it is computing the model itself.
         self._prefetches = usable_cores() > 1 or self.model.device != "cpu"
+        self._dispatcher = CallerDispatcher(self._model)
 
     @property
     def model(self) -> ctranslate2.models.Whisper:
@@ -384,8 +387,9 @@ class WhisperModel:
                 del source
             held.callback(windows.close)
             is_reduced = isinstance(windows, ReducedContextWindows)
+            caller = Caller(self._dispatcher)
             transcription = SequentialDecoder(
-                self._model, windows, options, task, is_reduced, clips, speech
+                caller, windows, options, task, is_reduced, clips, speech
             )
             all_language_probs, language_probability = None, 1.0
             if language is None:
@@ -413,7 +417,8 @@ class WhisperModel:
                     _complete(info, reader, progress)
 
             release = held.pop_all().close
-        return Segments(decode, _in_hops(duration_after_vad), log_progress, release), info
+        duration = _in_hops(duration_after_vad)
+        return Segments(decode, duration, log_progress, release, caller.cancel), info
 
     @property
     def model_is_loaded(self) -> bool:
@@ -507,8 +512,9 @@ class WhisperModel:
                 raise OptionError(
                     f"features: must be of shape ({n_mels}, n_frames), not {features.shape}"
                 )
+        caller = Caller(self._dispatcher)
         return detect_language(
-            self._model, features, language_detection_segments, language_detection_threshold
+            caller, features, language_detection_segments, language_detection_threshold
         )
 
     def _context_floor(self, audio_context: Literal["full", "auto"] | float | None) -> float | None:
@@ -580,7 +586,7 @@ def _complete(info: TranscriptionInfo, reader: AudioReader, progress: Progress) 
 
 
 def detect_language(
-    model: Model, features: NDArray[np.float32], max_windows: int, threshold: float | None
+    caller: Caller, features: NDArray[np.float32], max_windows: int, threshold: float | None
 ) -> tuple[str, float, LanguageProbabilities]:
     """Detect the language of features, as faster-whisper does: with their last frame."""
 
@@ -590,7 +596,7 @@ def detect_language(
             piece = features[:, start : start + WINDOW_FRAMES]
             window = np.zeros((1, len(features), WINDOW_FRAMES), dtype=np.float32)
             window[0, :, : piece.shape[1]] = piece
-            yield model.detect_language(model.encode(window))
+            yield caller.encode(window).languages or []
 
     detected = most_likely_language(languages(), threshold)
     return detected.code, detected.probability, detected.all_probabilities

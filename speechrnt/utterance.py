@@ -22,7 +22,7 @@ from . import _mel, _mel_task
 from ._sched import Priority, Scheduler
 from .audio import SAMPLE_RATE
 from .batching import Dispatcher, Executor, Job, JobResult
-from .decoding import DecodingResult, length_limit, parse_result
+from .decoding import DecodingResult, build_prompt, length_limit, parse_result
 from .errors import SchedulerClosed, SpeechRNTError
 from .features import HOP_LENGTH
 from .growing_mel import complete
@@ -33,6 +33,7 @@ from .plan import Plan
 from .pools import AudioBufferPool, TranscriptionResultPool
 from .results import Segment
 from .segmentation import WindowCut
+from .tokenizer import Tokenizer
 
 __all__ = [
     "Final",
@@ -584,10 +585,10 @@ class Utterance:
         prompt_length += len(tokenizer.sot_sequence(some_language, plan.options.task))
         return Job(
             frames=context,
-            write_features=features.write,
+            features=features.write,
             language=language,
-            task=plan.options.task,
-            previous_tokens=previous,
+            prompt=partial(_prompt, tokenizer, plan.options.task, previous),
+            prompt_shape=len(previous),
             max_length=length_limit(plan.most_tokens(frames, context), prompt_length),
             search=plan.search,
             done=done,
@@ -599,6 +600,7 @@ class Utterance:
         )
 
     def _parse(self, job: Job, result: JobResult) -> DecodingResult:
+        assert job.search is not None
         return parse_result(
             result.output,
             self._pipeline.model.tokenizer,
@@ -741,6 +743,10 @@ class Utterance:
         self._is_over = True
         self._drop_windows()
         self._events.append(partial(self._on_failed, error))
+
+
+def _prompt(tokenizer: Tokenizer, task: str, previous: tuple[int, ...], language: str) -> list[int]:
+    return build_prompt(tokenizer, language, task, previous, True, max(len(previous), 1))
 
 
 def add_text(text: str, final: Final) -> str:

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from speechrnt import DeadlineExceeded, ModelError, Overloaded, Priority, load_m
 from speechrnt._mel_task import compute
 from speechrnt.batch_sizes import BatchSizes
 from speechrnt.batching import Dispatcher, Job, SearchOptions
-from speechrnt.decoding import length_limit
+from speechrnt.decoding import build_prompt, length_limit
 from speechrnt.executor import InlineExecutor
 from speechrnt.job_queue import ROUND_S
 from speechrnt.models import Model
@@ -84,10 +85,10 @@ def job_of(features, *, frames=600, language="en", previous=(), beam_size=5, tok
     prompt_length = len(previous) + bool(previous) + 4
     job = Job(
         frames=frames,
-        write_features=getattr(features, "write", features),
+        features=getattr(features, "write", features),
         language=language,
-        task=more.pop("task", "transcribe"),
-        previous_tokens=previous,
+        prompt=partial(prompt_of, more.pop("task", "transcribe"), previous),
+        prompt_shape=len(previous),
         max_length=length_limit(tokens, prompt_length),
         search=SearchOptions(beam_size=beam_size),
         done=future.set_result,
@@ -95,6 +96,15 @@ def job_of(features, *, frames=600, language="en", previous=(), beam_size=5, tok
         **more,
     )
     return job, future
+
+
+@cache
+def tokenizer():
+    return load_model("pico", "cpu").tokenizer
+
+
+def prompt_of(task, previous, language):
+    return build_prompt(tokenizer(), language, task, previous, True, max(len(previous), 1))
 
 
 @contextmanager
@@ -526,7 +536,7 @@ dispatcher = Dispatcher(
     load_model("pico", "cpu"), 1, BatchSizes(1, lambda n: 1, "cpu"), AudioBufferPool(),
     InlineExecutor(), 10,
 )
-job = Job(600, print, "en", "transcribe", (), 100, SearchOptions(), print, print)
+job = Job(600, print, "en", print, 0, 100, SearchOptions(), print, print)
 pid = os.fork()
 if not pid:
     for call in (lambda: dispatcher.submit(job), lambda: dispatcher.cancel(job),

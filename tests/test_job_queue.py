@@ -21,6 +21,7 @@ class Job:
     deadline: float | None = None
     client: object = None
     cost_s: float = 0.1
+    n_windows: int = 1
 
 
 def queue_of(jobs, now=0.0):
@@ -77,7 +78,7 @@ class Oracle:
         self.begun[level] = max(self.begun[level], entry[3])
         return self.take(entry)
 
-    def pick_like(self, leader):
+    def pick_like(self, leader, room):
         for priority in Priority:
             if leader.priority == CRITICAL and priority > CRITICAL:
                 return None
@@ -125,7 +126,7 @@ def test_any_history_is_that_of_the_oracle(actions):
         elif action == "pick":
             assert queue.pick() is oracle.pick()
         elif action == "like":
-            assert queue.pick_like(value) is oracle.pick_like(value)
+            assert queue.pick_like(value, 1) is oracle.pick_like(value, 1)
         elif action == "discard" and added:
             job = added[value % len(added)]
             assert queue.discard(job) == oracle.discard(job)
@@ -145,7 +146,7 @@ def test_any_history_is_that_of_the_oracle(actions):
 def test_an_empty_queue_has_nothing_to_pick():
     queue = JobQueue()
     assert queue.pick() is None
-    assert queue.pick_like(Job()) is None
+    assert queue.pick_like(Job(), 1) is None
     assert not queue.discard(Job())
     assert (len(queue), list(queue), queue.cost_s) == (0, [], 0)
 
@@ -275,7 +276,7 @@ def test_what_a_client_asks_for_at_one_level_costs_it_nothing_at_another():
 
 def test_inside_a_round_a_clients_later_job_with_a_deadline_goes_first():
     jobs = [Job("waits", client="a", cost_s=0.01), Job("due", 0, client="a", deadline=1.0)]
-    assert queue_of(jobs).pick_like(Job(key=0)).name == "due"
+    assert queue_of(jobs).pick_like(Job(key=0), 1).name == "due"
     jobs = [Job("waits", client="a", cost_s=0.01), Job("due", client="a", deadline=1.0)]
     assert queue_of(jobs).pick().name == "due"
 
@@ -293,40 +294,40 @@ def test_clients_that_are_not_behind_are_forgotten(busy):
 def test_a_joining_job_has_the_key_of_the_leader():
     same, other = Job(key="a"), Job(key="b")
     queue = queue_of([other, same])
-    assert queue.pick_like(Job(key="a")) is same
-    assert queue.pick_like(Job(key="a")) is None
+    assert queue.pick_like(Job(key="a"), 1) is same
+    assert queue.pick_like(Job(key="a"), 1) is None
     assert queue.pick() is other
 
 
 def test_of_those_that_may_join_the_one_due_first_does():
     late, soon = Job(deadline=5.0), Job(deadline=1.0)
-    assert queue_of([late, soon]).pick_like(Job()) is soon
+    assert queue_of([late, soon]).pick_like(Job(), 1) is soon
 
 
 def test_jobs_of_higher_and_lower_levels_join_in_their_order():
     jobs = [Job(priority=p) for p in (LOW, NORMAL, HIGH)]
     queue = queue_of(jobs)
-    assert [queue.pick_like(Job()) for _ in range(4)] == [*jobs[::-1], None]
+    assert [queue.pick_like(Job(), 1) for _ in range(4)] == [*jobs[::-1], None]
 
 
 def test_nobody_joins_while_something_else_of_a_higher_level_waits():
     queue = queue_of([Job(key="a"), Job(key="b", priority=HIGH)])
-    assert queue.pick_like(Job(key="a")) is None
+    assert queue.pick_like(Job(key="a"), 1) is None
     assert len(queue) == 2
 
 
 def test_something_else_of_the_same_or_a_lower_level_hinders_nobody():
     same = Job(key="a", priority=LOW)
     queue = queue_of([Job(key="b"), Job(key="b", priority=LOW), same])
-    assert queue.pick_like(Job(key="a")) is same
+    assert queue.pick_like(Job(key="a"), 1) is same
 
 
 def test_critical_jobs_take_only_critical_ones_along():
     critical = Job(priority=CRITICAL)
     queue = queue_of([Job(), Job(priority=HIGH), critical])
     leader = Job(priority=CRITICAL)
-    assert queue.pick_like(leader) is critical
-    assert queue.pick_like(leader) is None
+    assert queue.pick_like(leader, 1) is critical
+    assert queue.pick_like(leader, 1) is None
     assert len(queue) == 2
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from speechrnt.callers import Caller, CallerDispatcher
 from speechrnt.decoding import MAX_LENGTH, MAX_PROMPT_TOKENS
 from speechrnt.features import FullContextWindows
 from speechrnt.hub import EMBEDDED_MODELS
@@ -17,12 +18,21 @@ REPETITIVE, VARIED = "no " * 60, "Turn on the kitchen lights."
 class Script:
     """A model whose decoder gives, call after call, texts and log probabilities from a list."""
 
+    name, n_mels, shape = "script", 80, None
+    whisper = SimpleNamespace(device="cpu", num_workers=1)
+
     def __init__(self, tokenizer, *results):
         self.tokenizer = tokenizer
         self.capabilities = Capabilities()
         self.results = list(results)
         self.prompts = []
         self.temperatures = []
+
+    def check_process(self):
+        pass
+
+    def fitting_batch(self, wanted, frames):
+        return wanted
 
     def encode(self, features):
         return features
@@ -72,10 +82,14 @@ def options(**changes):
     )
 
 
+def caller_of(model):
+    return Caller(CallerDispatcher(model))
+
+
 def run(model, windows=1, **changes):
     features = np.zeros((80, windows * 3000 + 1), dtype=np.float32)
     decoder = SequentialDecoder(
-        model, FullContextWindows(features), options(**changes), "transcribe", False
+        caller_of(model), FullContextWindows(features), options(**changes), "transcribe", False
     )
     return list(decoder.segments("en", lambda seconds: None))
 
@@ -170,6 +184,6 @@ def test_times_beyond_a_short_window_do_not_skip_audio(tokenizer):
     model.generate = timed
     features = np.zeros((80, 3001), dtype=np.float32)
     windows = FullContextWindows(features, 1000)
-    decoder = SequentialDecoder(model, windows, options(), "transcribe", False)
+    decoder = SequentialDecoder(caller_of(model), windows, options(), "transcribe", False)
     segments = list(decoder.segments("en", lambda seconds: None))
     assert [segment.seek for segment in segments] == [0, 1000, 2000]

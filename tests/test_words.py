@@ -11,6 +11,7 @@ import pytest
 from faster_whisper.tokenizer import Tokenizer as PeerTokenizer
 
 import speechrnt
+from speechrnt.callers import CallerDispatcher
 from speechrnt.hub import EMBEDDED_MODELS
 from speechrnt.results import Word
 from speechrnt.words import AlignedWord, Passage, hallucination, merge_punctuation, split_words
@@ -33,6 +34,8 @@ class Anything:
     n_mels = 80
     is_multilingual = True
     device = "cpu"
+    compute_type = "int8"
+    num_workers = 1
 
     def __init__(self, seed, tokenizer, max_calls):
         self.seed, self.tokenizer, self.max_calls = seed, tokenizer, max_calls
@@ -106,7 +109,9 @@ def with_anything(both, monkeypatch):
     def run(seed, audio, **options):
         fakes = [Anything(seed, real.tokenizer, max_calls) for max_calls in (400, 10_000)]
         monkeypatch.setattr(peer, "model", fakes[0])
-        monkeypatch.setattr(ours, "_model", dataclasses.replace(real, whisper=fakes[1]))
+        model = dataclasses.replace(real, whisper=fakes[1])
+        monkeypatch.setattr(ours, "_model", model)
+        monkeypatch.setattr(ours, "_dispatcher", CallerDispatcher(model))
         actual = transcribed(ours, audio, audio_context="full", **options)
         try:
             return transcribed(peer, audio, **options), actual
