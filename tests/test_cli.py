@@ -62,7 +62,7 @@ def run(*arguments, **options):
     """Run the command as a process: status, output and errors."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     options = {"env": ENVIRONMENT, "encoding": "utf-8", **pipes, **options}
-    done = subprocess.run([*COMMAND, *map(os.fspath, arguments)], timeout=100, **options)
+    done = subprocess.run([*COMMAND, *map(os.fspath, arguments)], timeout=300, **options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -481,7 +481,7 @@ def test_a_full_disk_is_said(samples, arguments):
 def test_an_interrupt_ends_it_with_130_and_no_traceback(endless):
     assert endless.stdout.readline() == "==> s01_en.wav <==\n"
     endless.send_signal(signal.SIGINT)
-    output, errors = endless.communicate(timeout=100)
+    output, errors = endless.communicate(timeout=300)
     assert (endless.returncode, errors) == (130, "")
     assert output.count("Two five one.") < 10_000
 
@@ -495,10 +495,10 @@ def test_a_download_shows_no_bar_on_a_pipe(samples, tmp_path):
     arguments = ["transcribe", "--model", "tiny", samples / "s01_en.wav"]
     with Hub({"Systran/faster-whisper-tiny": Repository({"main": files})}) as hub:
         client = start_client(code, *arguments, url=hub.url, home=tmp_path)
-        assert client.communicate(timeout=100) == ("Two five one.\n", "")
+        assert client.communicate(timeout=300) == ("Two five one.\n", "")
         assert client.returncode == 0
         client = start_client(code, "models", url=hub.url, home=tmp_path)
-        output, errors = client.communicate(timeout=100)
+        output, errors = client.communicate(timeout=300)
     assert (client.returncode, errors) == (0, "")
     downloaded = [line.split()[0] for line in output.splitlines() if "(downloaded)" in line]
     assert downloaded == ["tiny"]

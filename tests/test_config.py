@@ -373,7 +373,7 @@ with PerformanceOptimizedSTT(config, device="cpu") as stt:
     if sys.platform != "linux":
         pytest.skip("the pool is Linux's")
     output = subprocess.run(
-        [sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True
+        [sys.executable, "-c", program], check=True, timeout=300, capture_output=True, text=True
     ).stdout.splitlines()
     if keeps and output[-1] == "False":
         pytest.skip(f"there is no pool here: {output[0]}")

@@ -35,7 +35,7 @@ print(json.dumps(speechrnt.download_model(sys.argv[1], **json.loads(sys.argv[2])
 
 def answer(client):
     """Return what a client printed."""
-    output, errors = client.communicate(timeout=100)
+    output, errors = client.communicate(timeout=300)
     assert client.returncode == 0, errors
     return json.loads(output)
 

@@ -232,7 +232,7 @@ codes = []
 for _ in range(100):
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
+        signal.alarm(120)
         block = take(2**22)
         ctypes.memset(block, 1, 2**22)
         os._exit(0 if _inference_memory.owns(block) else 1)

@@ -58,7 +58,7 @@ class TestCommand:
             input=data,
             capture_output=True,
             env=ENVIRONMENT,
-            timeout=100,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.decode().splitlines()[-1].endswith(f"final      {TEXT}")

@@ -191,7 +191,7 @@ def test_a_child_of_a_fork_closes_it_and_begins_again():
         for _ in range(30):
             child = os.fork()
             if child == 0:
-                signal.alarm(20)
+                signal.alarm(120)
                 assert maintenance.closed
                 maintenance.close()
                 try:

@@ -62,7 +62,7 @@ def test_64_mixed_requests_at_once_are_right(engine, clips, manifest):
                 "vad": rng.random() < 0.9,
                 "priority": Priority(rng.randrange(4)),
                 "client": rng.choice([None, "a", n]),
-                "deadline": rng.choice([None, 60]),
+                "deadline": rng.choice([None, 600]),
             }
         )
     alone = [engine.transcribe_async(**request).result().text for request in requests]
@@ -261,7 +261,7 @@ def run(program):
     return subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", program],
         check=True,
-        timeout=120,
+        timeout=300,
         capture_output=True,
         text=True,
     )

@@ -866,7 +866,7 @@ def run_program(program, *arguments):
         [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     return done.returncode, done.stdout + done.stderr
 
