@@ -237,7 +237,7 @@ def _shares_much(model: Model, frames: int) -> bool:
     shape = model.shape
     if shape is None:
         return True
-    weight_bytes, value_bytes = COMPUTE_TYPES[model.whisper.compute_type]
+    weight_bytes, value_bytes = COMPUTE_TYPES[model.compute_type]
     d_model = shape.d_model
     # Self-attention 4, cross-attention 2 (its keys and values are there), the two linear layers 8.
     shared = (14 * shape.decoder_layers * d_model + shape.n_vocabulary) * d_model * weight_bytes

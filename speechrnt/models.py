@@ -217,6 +217,7 @@ class Model:
     shape: ModelShape | None = None
     handover: FeatureHandover | None = field(default=None, repr=False)
     residency: Residency = field(init=False, repr=False)
+    _compute_type: str = field(init=False, repr=False)
     _n_mels: int = field(init=False, repr=False)
     _is_multilingual: bool = field(init=False, repr=False)
     _process: int = field(default_factory=os.getpid, init=False, repr=False)
@@ -227,11 +228,17 @@ class Model:
         _loaded.add(self)
         object.__setattr__(self, "residency", Residency(self.whisper, self.name, _calls))
         # CTranslate2 does not tell while the weights are unloaded.
+        object.__setattr__(self, "_compute_type", str(self.whisper.compute_type))
         object.__setattr__(self, "_n_mels", int(self.whisper.n_mels))
         object.__setattr__(self, "_is_multilingual", bool(self.whisper.is_multilingual))
 
     def __reduce__(self) -> str:
         raise ModelError(f"{self.name}: a model cannot be pickled; load it in each process")
+
+    @property
+    def compute_type(self) -> str:
+        """What the weights are computed with, such as ``"int8_float32"``."""
+        return self._compute_type
 
     @property
     def n_mels(self) -> int:
@@ -335,7 +342,7 @@ class Model:
         """
         if self.shape is None:
             return wanted
-        device, compute_type = self.whisper.device, self.whisper.compute_type
+        device, compute_type = self.whisper.device, self.compute_type
         counts = {"device": device, "beam_size": beam_size, "audio_positions": (frames + 1) // 2}
         try:
             if device == "cuda":

@@ -46,6 +46,15 @@ def test_unloaded_weights_are_back_when_they_are_needed(model, clip):
     assert model.model.model_is_loaded
 
 
+@pytest.mark.parametrize("seconds", [2, 5])
+def test_unloaded_weights_are_back_for_a_context_that_was_never_decoded(model, clip, seconds):
+    """CTranslate2 tells hardly anything of a model whose weights are not there."""
+    model.unload_model()
+    piece = clip[: seconds * RATE]
+    assert text(model, piece)
+    assert model.model_is_loaded
+
+
 def test_unloading_right_after_a_result_works_every_time(model, clip):
     """CTranslate2 alone does nothing for a moment after each call, and does not say so."""
     features = np.zeros((1, 80, 300), dtype=np.float32)
