@@ -211,8 +211,8 @@ class Windows(ABC):
         """Let go of the audio before a frame, for ever."""
 
     @abstractmethod
-    def prefetch(self, seek: int) -> None:
-        """Begin with the features of a window that starts at frame `seek` or before.
+    def prefetch(self, past: int) -> None:
+        """Begin with the features before a frame, of windows yet to come.
 
         Returns at once; a thread computes what is missing, if anything is.
         """
@@ -255,7 +255,7 @@ class FullContextWindows(Windows):
     def forget(self, before: int) -> None:
         """Do nothing: the features are one array."""
 
-    def prefetch(self, seek: int) -> None:
+    def prefetch(self, past: int) -> None:
         """Do nothing: all features are there."""
 
     def close(self) -> None:
@@ -279,10 +279,9 @@ class _GradualWindows(Windows):
         """Let go of the audio before a frame, for ever."""
         self._mel.forget(before)
 
-    def prefetch(self, seek: int) -> None:
-        """Begin with the features of a window that starts at frame `seek` or before."""
-        # One frame more tells whether the window is the last.
-        self._mel.prefetch(seek + self.window_frames + 1)
+    def prefetch(self, past: int) -> None:
+        """Begin with the features before a frame, of windows yet to come."""
+        self._mel.prefetch(past)
 
     def close(self) -> None:
         """Stop reading, and free what is held."""

@@ -6,6 +6,7 @@ OpenAI's algorithm (openai/whisper, transcribe.py) with the rules of faster-whis
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -260,7 +261,10 @@ class SequentialDecoder:
             while seek < windows.content_up_to(min(clip_end, seek + 1)):
                 windows.forget(min(seek, next_start))
                 window = windows.at(seek, clip_end)
-                windows.prefetch(min(clip_end, seek + window.frames))
+                # The next one starts where this one ends, or before. One frame more tells whether
+                # it is the last.
+                latest = seek + window.frames + windows.window_frames + 1
+                windows.prefetch(min(clip_end, latest))
                 prompt = partial(
                     self._prompt, previous=transcript[prompt_start:], is_first=not seek
                 )
@@ -416,9 +420,9 @@ class SequentialDecoder:
         seek = window.seek + min(advance, window.frames)
         if self._reduced_context:
             # There, the model may well place a time in the margin.
-            window_end = window.seek + self._windows.window_frames
-            content_s = self._windows.content_up_to(window_end) / FRAMES_PER_SECOND
             for passage in passages:
+                latest = math.ceil(max(passage.start, passage.end) * FRAMES_PER_SECOND) + 1
+                content_s = self._windows.content_up_to(latest) / FRAMES_PER_SECOND
                 passage.start = min(passage.start, content_s)
                 passage.end = min(passage.end, content_s)
         if not options.word_timestamps:
@@ -448,7 +452,7 @@ class SequentialDecoder:
                 seek = round(max(window.start + 1, made_up.start) * FRAMES_PER_SECOND)
                 # Whether there is more than the threshold behind it: no more is looked at.
                 reach = (made_up.end + threshold) * FRAMES_PER_SECOND + 2
-                content_frames = self._windows.content_up_to(int(min(reach, sys.maxsize)))
+                content_frames = self._windows.content_up_to(int(min(max(reach, 0), sys.maxsize)))
                 content_s = content_frames * FeatureExtractor.time_per_frame
                 if content_s - made_up.end < threshold:
                     seek = content_frames

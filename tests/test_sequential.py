@@ -7,8 +7,9 @@ import pytest
 
 from speechrnt.callers import Caller, CallerDispatcher
 from speechrnt.decoding import MAX_LENGTH, MAX_PROMPT_TOKENS
-from speechrnt.features import FullContextWindows
+from speechrnt.features import FullContextWindows, ReducedContextWindows
 from speechrnt.hub import EMBEDDED_MODELS
+from speechrnt.mel_frames import MelFrames
 from speechrnt.models import Capabilities, load_model
 from speechrnt.sequential import SequentialDecoder
 
@@ -44,6 +45,20 @@ class Script:
         tokens = self.tokenizer.encode(text)
         score = logprob * (len(tokens) + 1) / len(tokens)
         return [SimpleNamespace(sequences_ids=[tokens], scores=[score], no_speech_prob=0.0)]
+
+
+class Timed(Script):
+    """One that places the text of every window between two times of 20 ms."""
+
+    def __init__(self, tokenizer, start, end, texts):
+        super().__init__(tokenizer, *[(text, -0.1) for text in texts])
+        self.times = start, end
+
+    def generate(self, *arguments, **options):
+        [result] = super().generate(*arguments, **options)
+        start, end = (self.tokenizer.timestamp_begin + time for time in self.times)
+        tokens = [start, *result.sequences_ids[0], end, end]
+        return [SimpleNamespace(sequences_ids=[tokens], scores=[-0.1], no_speech_prob=0.0)]
 
 
 @pytest.fixture(scope="module")
@@ -172,18 +187,24 @@ def test_hotwords_stand_before_every_window_and_a_prefix_in_the_first(tokenizer)
 
 def test_times_beyond_a_short_window_do_not_skip_audio(tokenizer):
     """faster-whisper goes on where the last timestamp is, even if the window ended before."""
-    model = Script(tokenizer, *[("Seven.", -0.1)] * 3)
-    generate = model.generate
-
-    def timed(*arguments, **options):
-        [result] = generate(*arguments, **options)
-        begin = tokenizer.timestamp_begin
-        tokens = [begin, *result.sequences_ids[0], begin + 600, begin + 600]
-        return [SimpleNamespace(sequences_ids=[tokens], scores=[-0.1], no_speech_prob=0.0)]
-
-    model.generate = timed
+    model = Timed(tokenizer, 0, 600, ["Seven."] * 3)
     features = np.zeros((80, 3001), dtype=np.float32)
     windows = FullContextWindows(features, 1000)
     decoder = SequentialDecoder(caller_of(model), windows, options(), "transcribe", False)
     segments = list(decoder.segments("en", lambda seconds: None))
     assert [segment.seek for segment in segments] == [0, 1000, 2000]
+
+
+def test_times_are_kept_within_the_recording_not_within_the_window(tokenizer):
+    """In a short context, a model may well place a time in the margin."""
+    model = Timed(tokenizer, 0, 750, ["Seven."] * 3)
+    samples = np.zeros(25 * 16_000, dtype=np.float32)
+    blocks = (samples[start : start + 16_000] for start in range(0, len(samples), 16_000))
+    windows = ReducedContextWindows(MelFrames(blocks, 80), longest_s=10.0, margin_s=0.5)
+    decoder = SequentialDecoder(caller_of(model), windows, options(), "transcribe", True)
+    segments = list(decoder.segments("en", lambda seconds: None))
+    starts = [segment.seek / 100 for segment in segments]
+    assert len(starts) == 3
+    assert 19 < starts[2] <= 20
+    for segment, start in zip(segments, starts, strict=True):
+        assert segment.end == pytest.approx(min(start + 15, 25.0))

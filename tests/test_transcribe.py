@@ -585,6 +585,12 @@ class TestGradually:
                 "hallucination_silence_threshold": 0.5,
                 "clip_timestamps": "60",
             },
+            {
+                "language": "en",
+                "word_timestamps": True,
+                "hallucination_silence_threshold": float("-inf"),
+                "clip_timestamps": "90",
+            },
             {"language": "en", "audio_context": "auto"},
             {"language": "en", "chunk_length": 7, "clip_timestamps": "0,10,90,120"},
         ],
