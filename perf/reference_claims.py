@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -415,7 +416,8 @@ def row(name, pairs):
 
 
 def rounded(value):
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    """Return a number with three digits that count, and without an exponent."""
+    return f"{Decimal(f'{value:.3g}'):f}"
 
 
 def machine(rounds):

@@ -57,7 +57,8 @@ def test_met_is_what_the_figures_say(claims, table):
             assert claim.needs_gpu
             assert (change, met) == ("", "")
             continue
-        theirs, ours = map(float, re.findall(r"[\d.]+(?:e[+-]\d+)?", figures)[:2])
+        theirs, ours = map(float, re.findall(r"[\d.]+", figures)[:2])
+        assert figures.startswith(f"{claims.rounded(theirs)} → {claims.rounded(ours)}")
         reduction = -float(change.removesuffix("%")) / 100
         # Of medians and of rounds: near each other.
         assert reduction == pytest.approx(1 - ours / theirs, abs=0.15)
@@ -71,6 +72,14 @@ def test_a_row(claims):
         "| 4 → 1 µs | -50% | yes |"
     )
     assert claims.row("gpu-allocation", []).endswith("| gpu-allocation | needs a GPU |  |  |")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1174.6, "1170"), (2e3, "2000"), (99.96, "100"), (0.0474, "0.0474"), (4e-6, "0.000004")],
+)
+def test_numbers_have_three_digits_and_no_exponent(claims, value, text):
+    assert claims.rounded(value) == text
 
 
 def test_only_what_is_between_the_marks_is_replaced(claims):
