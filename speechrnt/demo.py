@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import queue
 import resource
+import shutil
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,7 +71,8 @@ class _Screen:
     def live(self, text: str) -> None:
         """Write a line that the next one replaces."""
         if self._is_terminal:
-            print(f"\r\x1b[K{text[:100]}", end="", flush=True)
+            columns = shutil.get_terminal_size().columns
+            print(f"\r\x1b[K{text[: columns - 1]}", end="", flush=True)
             self._live = True
 
 
@@ -132,6 +133,8 @@ def _show_inference_memory(show: _Screen) -> None:
 
     for mode in ("off", "pool"):
         inference_memory.configure(mode)
+        if mode == "pool" and not inference_memory.statistics().limit:
+            break
         encode()
         faults = _faults()
         seconds = _median(encode, 5)
@@ -195,7 +198,8 @@ def _show_stream(show: _Screen, stt: PerformanceOptimizedSTT) -> None:
     pause = np.zeros(int(0.6 * SAMPLE_RATE), np.float32)
     pieces = [piece for clip in list(_clips())[:4] for piece in (clip, pause)]
     samples = np.concatenate(pieces)
-    over = threading.Event()
+    # Shown by this thread, which is the one that can end where nothing can be written any more.
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def follow(event: Event) -> None:
         if isinstance(event, Partial):
@@ -205,17 +209,18 @@ def _show_stream(show: _Screen, stt: PerformanceOptimizedSTT) -> None:
         elif isinstance(event, Final):
             after = "" if event.ttfs_s is None else f"  ({event.ttfs_s * 1e3:.0f} ms after speech)"
             show.line(f"{event.audio_s:5.1f} s  {event.text}{after}")
-        elif isinstance(event, Closed):
-            over.set()
 
-    stream = stt.stream(callback=follow)
+    stream = stt.stream(callback=events.put)
     step = SAMPLE_RATE // 10
     started = time.perf_counter()
     for start in range(0, len(samples), step):
         time.sleep(max(started + start / SAMPLE_RATE - time.perf_counter(), 0))
         stream.push(samples[start : start + step])
+        while not events.empty():
+            follow(events.get())
     streamed = stream.finalize().result()
-    over.wait(10)
+    while not isinstance(event := events.get(timeout=10), Closed):
+        follow(event)
     whole = stt.transcribe_async(samples).result()
     same = "the same" if whole.text == streamed.text else "NOT the same"
     show.line(f"In one piece the recording gives {same} text.")
