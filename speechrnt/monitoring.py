@@ -347,12 +347,17 @@ def _inference(memory: InferenceMemory) -> str:
     return f"{memory.in_use / MIB:.0f} of {memory.reserved / MIB:.0f} MiB in use"
 
 
+def _milliseconds(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"  # which would be 1.2e+03
+
+
 def _times(times: HistogramSnapshot) -> str:
     if not times.count:
         return "-"
     percentiles = (times.p50_s, times.p90_s, times.p99_s)
     shown = ", ".join(
-        f"p{share} {seconds * 1e3:.3g} ms"
+        f"p{share} {_milliseconds(seconds)} ms"
         for share, seconds in zip((50, 90, 99), percentiles, strict=True)
     )
     return f"{shown} of {times.count}"

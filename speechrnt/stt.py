@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import fields
 from functools import lru_cache, partial
@@ -541,8 +541,12 @@ class PerformanceOptimizedSTT:
             If a number of seconds is none.
         ModelError
             If the engine belongs to the parent process.
+        RuntimeError
+            The caller is a callback of a future, whose thread the decoding may need.
         """
         self._check_process()
+        if probe_s is not None and self._is_needed_thread():
+            raise RuntimeError("a callback cannot wait for a decoding, which may need its thread")
         bound_s = _checked_seconds("latency_bound_s", latency_bound_s)
         oldest_wait_s, longest_call_s = self._dispatcher.delays()
         inference = inference_memory.statistics()
@@ -614,6 +618,8 @@ class PerformanceOptimizedSTT:
         except FutureTimeoutError:  # not the built-in one before Python 3.11
             future.cancel()
             return f"it was not done within {timeout_s} s"
+        except CancelledError:
+            return "it was cancelled, as the engine is being closed"
         except SpeechRNTError as error:
             return str(error)
         return None
@@ -683,10 +689,12 @@ class PerformanceOptimizedSTT:
         await asyncio.to_thread(self.close, exc_type is not None)
 
     def _is_own_thread(self) -> bool:
-        return (
-            self._dispatcher.is_worker()
-            or self._streams.is_callback()
-            or (self._scheduler is not None and self._scheduler.is_worker())
+        return self._is_needed_thread() or self._streams.is_callback()
+
+    def _is_needed_thread(self) -> bool:
+        """Whether requests may need the calling thread to come to their end."""
+        return self._dispatcher.is_worker() or (
+            self._scheduler is not None and self._scheduler.is_worker()
         )
 
     def _remake_plan(self, options: Mapping[str, Any]) -> Plan:

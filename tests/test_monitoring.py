@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,8 @@ from speechrnt import (
     Priority,
 )
 from speechrnt._gpu_types import GpuMemoryHealth
-from speechrnt.monitoring import HealthFacts, judge
+from speechrnt.latency import Histogram
+from speechrnt.monitoring import HealthFacts, judge, report
 
 WELL = HealthFacts(
     memory_use={"memory of the process": 0.5},
@@ -116,6 +118,40 @@ class TestHealth:
             [problem] = stt.health(probe_s=0.05).problems
         assert problem == "A decoding failed: it was not done within 0.05 s"
 
+    def test_a_probe_that_closing_cancels_is_a_problem(self, monkeypatch):
+        stt = PerformanceOptimizedSTT(OptimizationConfig(max_queued_requests=10))
+        with ThreadPoolExecutor(2) as threads, held(monkeypatch, "generate"):
+            # The first one is at the model, and the probe waits behind it, or with it.
+            first = stt.transcribe_async(np.zeros(16_000), "en", vad=False)
+            probing = threads.submit(stt.health, probe_s=60)
+            eventually(lambda: stt.statistics().live == 2)
+            closing = threads.submit(stt.close, cancel=True)
+            problems = probing.result(30).problems
+        closing.result(30)
+        assert first.cancelled()
+        assert problems == (
+            "The engine is closed.",
+            "A decoding failed: it was cancelled, as the engine is being closed",
+        )
+
+    @pytest.mark.parametrize("asynchronous", [True, False])
+    def test_a_callback_cannot_probe(self, asynchronous, monkeypatch):
+        config = OptimizationConfig(thread_pool_size=1, enable_async_processing=asynchronous)
+        told = Future()
+
+        def probe(_):
+            try:
+                told.set_result(stt.health(probe_s=1))
+            except RuntimeError as error:
+                told.set_exception(error)
+
+        with PerformanceOptimizedSTT(config) as stt:
+            with held(monkeypatch, "generate"):
+                request = stt.transcribe_async(np.zeros(16_000), "en", vad=False)
+                request.add_done_callback(probe)
+            with pytest.raises(RuntimeError, match="a callback cannot wait for a decoding"):
+                told.result(30)
+
     def test_a_closed_engine_is_not_healthy(self):
         stt = PerformanceOptimizedSTT(OptimizationConfig(enable_async_processing=False))
         assert stt.is_system_healthy()
@@ -175,6 +211,13 @@ class TestStatistics:
         assert f"{values['requests']['accepted']} accepted" in text
         with pytest.raises(OptionError, match="form: must be 'text' or 'json', not 'xml'"):
             stt.get_performance_report("xml")
+
+    def test_long_times_have_no_exponent(self, stt):
+        slow = Histogram()
+        slow.add(12.5)
+        statistics = stt.statistics()
+        text = report(replace(statistics, stages={**statistics.stages, "total": slow.snapshot()}))
+        assert "p50 14108 ms" in text
 
     def test_prometheus_reads_them(self, stt):
         from prometheus_client import CollectorRegistry, generate_latest
