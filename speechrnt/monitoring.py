@@ -67,7 +67,8 @@ class EngineStatistics:
     total_memory_usage_mb : float
         MiB of memory that the process has resident, the model and everything else in it included.
     active_threads : int
-        Threads of the engine: workers of the scheduler that take tasks, and of the model.
+        Threads of the engine: workers of the scheduler that take tasks, and of the model;
+        0 after `close`.
     average_transcription_latency_ms : float
         From the call to the result, of completed one-shot requests.
     requests : Mapping of str to int

@@ -180,6 +180,7 @@ class PerformanceOptimizedSTT:
         self._audio_in_s = self._audio_out_s = 0.0
         self._errors: Counter[str] = Counter()
         self._is_closed = False
+        self._has_ended = False  # after that, with all its threads
 
         self._stages = {stage: Histogram() for stage in STAGES}
         windows_in_flight = _BATCHES_IN_FLIGHT * config.max_batch_size
@@ -488,10 +489,12 @@ class PerformanceOptimizedSTT:
         stages = {stage: histogram.snapshot() for stage, histogram in self._stages.items()}
         total = stages["total"]
         scheduler = None if self._scheduler is None else self._scheduler.statistics()
+        threads = 0
+        if not self._has_ended:
+            threads = self.model.whisper.num_workers + (0 if scheduler is None else scheduler.size)
         return EngineStatistics(
             total_memory_usage_mb=resident_memory() / MIB,
-            active_threads=self.model.whisper.num_workers
-            + (0 if scheduler is None else scheduler.size),
+            active_threads=threads,
             average_transcription_latency_ms=1e3 * total.sum_s / max(total.count, 1),
             requests=counts,
             live=live,
@@ -664,6 +667,7 @@ class PerformanceOptimizedSTT:
             self._scheduler.shutdown()
         self._buffers.close()
         self._results.close()
+        self._has_ended = True
 
     def __enter__(self) -> Self:
         return self

@@ -155,7 +155,9 @@ class TestHealth:
     def test_a_closed_engine_is_not_healthy(self):
         stt = PerformanceOptimizedSTT(OptimizationConfig(enable_async_processing=False))
         assert stt.is_system_healthy()
+        assert stt.statistics().active_threads > 0
         stt.close()
+        assert stt.statistics().active_threads == 0
         assert stt.health(probe_s=1).problems == ("The engine is closed.",)
         assert stt.get_performance_report()
         with pytest.raises(ModelError, match="closed"):
