@@ -53,6 +53,7 @@ class Residency:
         self._name = name
         self._changed = threading.Condition()
         self._uses = 0
+        self._unloading = 0  # those who wait until nobody uses it
         self._is_loaded = True
         self._last_use = time.monotonic()
         self._idle_s: float | None = None
@@ -66,6 +67,8 @@ class Residency:
 
     def __enter__(self) -> None:
         with self._changed:
+            # Or else several who take turns would never leave a gap.
+            self._changed.wait_for(lambda: not self._unloading)
             if not self._is_loaded:
                 self._load()
             self._uses += 1
@@ -84,7 +87,9 @@ class Residency:
                 self._load()
 
     def unload(self, to_cpu: bool = False, timeout: float | None = None) -> None:
-        """Free the weights, with `to_cpu` to the CPU's memory, as soon as no call is under way.
+        """Free the weights, with `to_cpu` to the CPU's memory, when the calls under way are over.
+
+        Calls that are made meanwhile wait.
 
         Raises
         ------
@@ -97,9 +102,16 @@ class Residency:
         """
         self._check_to_cpu(to_cpu)
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._uses, timeout):
-                raise TimeoutError(f"{self._name}: still in use after {timeout} s; not unloaded")
-            self._unload(to_cpu)
+            self._unloading += 1
+            try:
+                if not self._changed.wait_for(lambda: not self._uses, timeout):
+                    raise TimeoutError(
+                        f"{self._name}: still in use after {timeout} s; not unloaded"
+                    )
+                self._unload(to_cpu)
+            finally:
+                self._unloading -= 1
+                self._changed.notify_all()
 
     def unload_when_idle(self, seconds: float | None, to_cpu: bool = False) -> None:
         """Free the weights whenever no call was made for so many seconds; None stops that."""

@@ -430,9 +430,10 @@ class WhisperModel:
         self._model.load()
 
     def unload_model(self, to_cpu: bool = False, timeout: float | None = None) -> None:
-        """Free the weights as soon as no call into the model is under way.
+        """Free the weights when the calls into the model that are under way are over.
 
-        Transcriptions that are being iterated go on: their next window loads the weights again.
+        Calls that are made meanwhile wait. Transcriptions that are being iterated go on: their next
+        window loads the weights again.
 
         Parameters
         ----------

@@ -72,6 +72,32 @@ def test_unloading_waits_for_the_calls_under_way(model):
     assert not model.model_is_loaded
 
 
+def test_calls_made_while_unloading_waits_come_after_it(model):
+    """Or else several workers, of whom one is always busy, would never let it come about."""
+    residency = model._model.residency
+
+    def use():
+        with residency:
+            pass
+
+    with ThreadPoolExecutor(2) as executor:
+        with residency:
+            unloading = executor.submit(model.unload_model, timeout=60)
+            eventually(lambda: residency._unloading)
+            using = executor.submit(use)
+            with pytest.raises(TimeoutError):
+                using.result(timeout=0.2)
+        unloading.result(timeout=60)
+        using.result(timeout=60)
+    assert model.model_is_loaded
+
+
+def test_calls_go_on_where_unloading_is_given_up(model, clip):
+    with model._model.residency, pytest.raises(TimeoutError):
+        model.unload_model(timeout=0)
+    assert text(model, clip)
+
+
 def test_unloading_in_the_middle_of_work_changes_no_text(model, clip):
     expected = text(model, clip)
     stop = threading.Event()
