@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any
+from warnings import warn
 
 import numpy as np
 
@@ -23,6 +24,9 @@ class Word:
     end: float
     word: str
     probability: float
+
+    def _asdict(self) -> dict[str, Any]:
+        return _deprecated_asdict(self)
 
 
 @dataclass
@@ -58,6 +62,20 @@ class Segment:
     no_speech_prob: float
     words: list[Word] | None
     temperature: float | None
+
+    def _asdict(self) -> dict[str, Any]:
+        return _deprecated_asdict(self)
+
+
+def _deprecated_asdict(result: Segment | Word) -> dict[str, Any]:
+    """Return the fields by name, with faster-whisper's warning."""
+    name = type(result).__name__
+    warn(
+        f"{name}._asdict() is deprecated, use dataclasses.asdict instead",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return asdict(result)
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ class WhisperModel:
             compression_ratio_threshold=compression_ratio_threshold,
             condition_on_previous_text=condition_on_previous_text,
             prompt_reset_on_temperature=prompt_reset_on_temperature,
-            temperatures=temperature if isinstance(temperature, Sequence) else [temperature],
+            temperatures=[*temperature] if isinstance(temperature, Sequence) else [temperature],
             initial_prompt=initial_prompt,
             prefix=prefix,
             suppress_blank=suppress_blank,

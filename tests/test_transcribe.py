@@ -150,6 +150,20 @@ class TestInterface:
         theirs = getattr(faster_whisper.transcribe, name)
         assert ours == [field.name for field in dataclasses.fields(theirs)]
 
+    def test_results_as_dicts(self):
+        word = speechrnt.Word(0.0, 1.0, " one", 0.5)
+        segment = speechrnt.Segment(1, 0, 0.0, 1.0, " one", [5], -0.1, 1.0, 0.0, [word], 0.0)
+        for result in (word, segment):
+            with pytest.warns(DeprecationWarning, match="use dataclasses.asdict") as warnings:
+                assert result._asdict() == dataclasses.asdict(result)
+            assert warnings[0].filename == __file__
+
+    def test_options_do_not_follow_what_the_caller_changes_later(self, model, clip):
+        temperatures = [0.0, 0.5]
+        _, info = model.transcribe(clip, language="en", temperature=temperatures)
+        temperatures.clear()
+        assert info.transcription_options.temperatures == [0.0, 0.5]
+
     def test_info_fields(self):
         ours = [field.name for field in dataclasses.fields(speechrnt.TranscriptionInfo)]
         theirs = dataclasses.fields(faster_whisper.transcribe.TranscriptionInfo)
