@@ -298,6 +298,8 @@ class Claim:
         Of the values shown.
     needs_gpu
         Whether it can only be measured with a GPU.
+    most
+        Largest of our values that meets the claim, which then says nothing of a reduction.
     """
 
     title: str
@@ -309,6 +311,7 @@ class Claim:
     unit: str
     scale: float = 1.0
     needs_gpu: bool = False
+    most: float | None = None
 
 
 def unused(threads, shortest):
@@ -372,8 +375,8 @@ CLAIMS = {
     ),
     "gpu-utilisation": Claim(
         "GPU memory taken beyond what was asked for, at the peak", "5 to 20 %, not 30 to 40 %",
-        "`cuMemAlloc`", 0.5, lambda: gpu_waste(True), lambda: gpu_waste(False), "%", 100,
-        needs_gpu=True,
+        "`cuMemAlloc`", 0.0, lambda: gpu_waste(True), lambda: gpu_waste(False), "%", 100,
+        needs_gpu=True, most=0.2,
     ),
 }  # fmt: skip
 
@@ -410,7 +413,8 @@ def row(name, pairs):
         theirs, ours = (statistics.median(side) * claim.scale for side in zip(*pairs, strict=True))
         figures = f"{rounded(theirs)} → {rounded(ours)} {claim.unit}".strip()
         less = statistics.median(1 - own / other if other else 0.0 for other, own in pairs)
-        change, met = f"{-less:+.0%}", "yes" if less >= claim.met else "no"
+        is_met = less >= claim.met if claim.most is None else ours <= claim.most * claim.scale
+        change, met = f"{-less:+.0%}", "yes" if is_met else "no"
     cells = [claim.title, claim.claim, claim.baseline, name, figures, change, met]
     return f"| {' | '.join(cells)} |"
 
@@ -445,6 +449,8 @@ def compare():
     arguments = parser.parse_args()
     if arguments.readme and arguments.only:
         parser.error("--readme is for the whole table")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: must be at least 1")
     lines = head()
     print(*lines, sep="\n", flush=True)
     for name in [arguments.only] if arguments.only else CLAIMS:
