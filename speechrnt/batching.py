@@ -562,15 +562,14 @@ class Dispatcher:
         n_windows = batch[0].job.n_windows
         new = [*batch, *self._join(batch, encode_size - 1, encode_size - n_windows)]
         self._encode(new)
-        if batch[0].job.search is None:
-            return [self._result(item) for item in batch]
-        while self._joins_encodings:
+        while self._joins_encodings and batch[0].job.search is not None:
             new = self._join(batch, encode_size, decode_size - _n_windows(batch))
             if not new:
                 break
             self._encode(new)
-        results = self._decode(batch)
-        self._sizes.observe(frames, _n_windows(batch), time.monotonic() - started)
+        results = self._finish(batch)
+        if batch[0].job.search is not None:
+            self._sizes.observe(frames, _n_windows(batch), time.monotonic() - started)
         return results
 
     def _encode(self, items: list[_Item]) -> None:
@@ -600,6 +599,12 @@ class Dispatcher:
             item.encode_s = elapsed
         with self._changed:
             self._encode_s += elapsed
+
+    def _finish(self, batch: list[_Item]) -> list[JobResult]:
+        """Decode what is encoded, unless nothing but its language is asked for."""
+        if batch[0].job.search is None:
+            return [self._result(item) for item in batch]
+        return self._decode(batch)
 
     def _decode(self, batch: list[_Item]) -> list[JobResult]:
         started = time.monotonic()
@@ -678,13 +683,12 @@ class Dispatcher:
         with self._changed:
             self._counts["isolated"] += 1
         for item in batch:
-            alone = [_Item(item.job, item.started_at)]
             try:
-                self._encode(alone)
-                results: Sequence[JobResult | Exception] = self._decode(alone)
+                self._encode([item])
+                results: Sequence[JobResult | Exception] = self._finish([item])
             except Exception as alone_error:
                 results = [alone_error]
-            self._answer(alone, results)
+            self._answer([item], results)
 
     def _answer(self, items: list[_Item], answers: Sequence[JobResult | Exception]) -> None:
         """Count jobs as done or failed, and tell their owners."""

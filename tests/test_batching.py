@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
@@ -392,6 +393,32 @@ def test_a_call_that_fails_harms_only_who_makes_it_fail(
     now = settled(dispatcher)
     assert (now.failed, now.isolated) == (1, 1)
     assert buffers.statistics().in_use == in_use
+
+
+def test_detections_that_fail_together_are_done_one_by_one(dispatcher_of, windows, monkeypatch):
+    dispatcher = dispatcher_of(encode=4)
+    original = Model.encode
+
+    def fault(self, what):
+        if what.shape[0] > 1:
+            raise RuntimeError("out of memory")
+        return original(self, what)
+
+    def detect():
+        job, future = job_of(windows[1], language=None)
+        job = replace(job, search=None)
+        dispatcher.submit(job)
+        return future
+
+    alone = detect().result(60)
+    with busy(dispatcher, windows[0]):
+        monkeypatch.setattr(Model, "encode", fault)
+        futures = [detect() for _ in range(3)]
+    results = [future.result(60) for future in futures]
+    assert [result.rankings[0][0] for result in results] == [alone.rankings[0][0]] * 3
+    assert all(not result.outputs for result in results)
+    now = settled(dispatcher)
+    assert (now.failed, now.isolated, now.running) == (0, 1, 0)
 
 
 def test_an_executor_that_fails_does_not_end_the_worker(model, buffers, windows):

@@ -1,4 +1,5 @@
 import json
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from speechrnt import (
 from speechrnt._gpu_types import GpuMemoryHealth
 from speechrnt.latency import Histogram
 from speechrnt.monitoring import HealthFacts, judge, report
+from speechrnt.prometheus import _buckets
 
 WELL = HealthFacts(
     memory_use={"memory of the process": 0.5},
@@ -252,6 +254,17 @@ class TestStatistics:
             for sample in family.samples
             if sample.name == "speechrnt_stage_seconds_bucket" and sample.labels["stage"] == "total"
         ]
-        counts = [value for _, value in sorted(limits)]
-        assert counts == sorted(counts)
-        assert counts[-1] == s.stages["total"].count
+        assert limits[-1] == (math.inf, s.stages["total"].count)
+        assert len(limits) > 10
+        for limit, count in limits:
+            exact = sum(n for upper, n in s.stages["total"].buckets.items() if upper <= limit)
+            assert count == exact
+
+    def test_a_bucket_holds_all_times_up_to_its_limit(self):
+        histogram = Histogram()
+        limits = dict(_buckets(histogram.snapshot()))
+        for limit in limits:
+            if limit != "+Inf":
+                histogram.add(float(limit))
+        counts = [count for _, count in _buckets(histogram.snapshot())]
+        assert counts == [*range(1, len(limits)), len(limits) - 1]
