@@ -21,9 +21,10 @@ the first segment of an hour-long WAV file, as faster-whisper does it (`first`) 
 ``normalization="window"`` (`first by window`), and of FLAC and MP3 at 44.1 kHz, stereo. Memory is
 the most that the process ever had resident.
 
-A whole run takes about a week of two cores, nearly all of it for the hour: 7 rounds of it with
-base, float32 and one thread take six hours. All tasks but `hour` take about a day; `--weights tiny
---types int8 --threads 2` of everything takes two hours.
+The hour is what takes long: both sides once with tiny, int8 and two threads took ten minutes on two
+busy cores, and all else of those weights ten minutes per round. Base in float32 on one thread does
+about eight times that work, so that all rows with 7 rounds are an estimated two or three days: do
+it in parts.
 """
 
 import argparse
