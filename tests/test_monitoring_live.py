@@ -6,6 +6,7 @@ model that is held. The GPU's pool is in gpu/test_monitoring.py.
 
 import mmap
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_helpers import assert_at_rest, held, with_pauses
+from engine_helpers import assert_at_rest, held, trimmed, with_pauses
 from streaming_helpers import Log, silence
 from waiting import eventually
 
@@ -65,6 +66,7 @@ class TestMemory:
         limit.write_text("max\n")
         monkeypatch.setattr(system, "_CGROUP_MEMBERSHIPS", tmp_path / "cgroup")
         monkeypatch.setattr(system, "_CGROUP_ROOT", tmp_path)
+        inference_memory.trim()  # or maintenance would, in the midst of it
         with engine_with() as stt:
             more = 256 * MIB
             limit.write_text(f"{int((system.resident_memory() + more) / 0.95)}\n")
@@ -144,8 +146,8 @@ class TestQueues:
                 eventually(lambda: not sum(stt.statistics().scheduler.queued.values()))
                 while stt._scheduler.health().queue_use < 0.8:
                     stt._scheduler.submit_nowait(int)
-                assert stt.health().problems == (
-                    "tasks waiting for a worker: 80% of the most allowed.",
+                assert "tasks waiting for a worker: 80% of the most allowed." in (
+                    stt.health().problems
                 )
             finally:
                 release.set()
@@ -177,10 +179,12 @@ class TestTime:
             future.add_done_callback(block)
             try:
                 assert blocks.wait(60)
-                eventually(lambda: not stt.is_system_healthy())
-                [problem] = stt.health().problems
-                assert problem.startswith("Worker ")
-                assert " has been at one task for " in problem
+                # Others may be slow where the machine is busy, but not for so long.
+                eventually(lambda: max(stt.health().facts.stalled_workers.values(), default=0) > 1)
+                assert any(
+                    re.fullmatch(r"Worker \d has been at one task for \d\.\d s\.", problem)
+                    for problem in stt.health().problems
+                )
                 # The other one goes on.
                 assert stt.transcribe_async(clips[1], "en").result(60).text == "Two five one."
             finally:
@@ -195,13 +199,14 @@ class TestTime:
                 stream.flush()
                 assert gate.reached.wait(60)
                 eventually(lambda: stt.health().facts.stalled_streams)
-                assert stt.health().problems == ("1 streams get no text for their audio.",)
+                assert "1 streams get no text for their audio." in stt.health().problems
                 assert log.wait(Error).code == "stalled"
             assert log.wait(Final).text == "Two five one."
             eventually(stt.is_system_healthy)  # while it is open
             assert stream.snapshot.state == "open"
             stream.cancel()
-            assert stt.statistics().streams.counts["stalled"] == 1
+            n_told = sum(error.code == "stalled" for error in log.of(Error))
+            assert stt.statistics().streams.counts["stalled"] == n_told
 
     def test_the_probe(self, monkeypatch):
         with engine_with(model_workers=1) as stt:
@@ -284,8 +289,9 @@ class TestStreamsCount:
                 patch.setattr(type(stt.model), "encode", broken)
                 with pytest.raises(ModelError, match="out of order"):
                     stt.transcribe_async(clips[1], "en").result(60)
-                stream = stt.stream(language="en")
-                stream.push(clips[1])
+                # With no silence at its end, it asks the model for nothing but its final.
+                stream = stt.stream(language="en", partials=False)
+                stream.push(trimmed(clips[1]))
                 with pytest.raises(ModelError, match="out of order"):
                     stream.finalize().result(60)
             assert_at_rest(stt)
