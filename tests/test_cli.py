@@ -116,14 +116,20 @@ def screen(text) -> list[str]:
 @pytest.fixture
 def endless(samples):
     """The command, at work on a great many files."""
-    with subprocess.Popen(
-        [*COMMAND, "transcribe", *["s01_en.wav"] * 10_000],
-        cwd=samples,
-        env=ENVIRONMENT,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
+    # A shell has what it starts in the background ignore interrupts, and children inherit that.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*COMMAND, "transcribe", *["s01_en.wav"] * 10_000],
+            cwd=samples,
+            env=ENVIRONMENT,
+            encoding="utf-8",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    with process:
         yield process
         process.kill()
 
