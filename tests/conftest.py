@@ -170,3 +170,24 @@ def probe():
     from native import load
 
     return load("pool_probe")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The embedded model."""
+    from speechrnt import WhisperModel
+
+    return WhisperModel(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def undeclared(tmp_path_factory):
+    """The embedded model's weights, declaring nothing, as stock models do; full context."""
+    from speechrnt import WhisperModel
+    from speechrnt.hub import EMBEDDED_MODELS
+
+    directory = tmp_path_factory.mktemp("undeclared")
+    for file in EMBEDDED_MODELS["pico"].iterdir():
+        if file.name != "speechrnt.json":
+            (directory / file.name).symlink_to(file)
+    return WhisperModel(directory, device="cpu")
