@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import filter as matching
+from functools import partial
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -44,6 +45,7 @@ from .hub import (
     download_model,
     fetch_tokenizer,
 )
+from .passing_thread import call_in_passing_thread
 from .residency import Residency
 from .sizing import ModelShape, fit, footprint, read_shape
 from .system import usable_memory
@@ -509,7 +511,8 @@ def load_model(
         if is_auto and shape is not None:
             compute_type = _fitting_compute_type(compute_type, shape, indices, num_workers)
     try:
-        whisper = ctranslate2.models.Whisper(
+        load = partial(
+            ctranslate2.models.Whisper,
             place,
             device=device,
             device_index=indices,
@@ -519,6 +522,7 @@ def load_model(
             files=in_memory,
             **model_kwargs,
         )
+        whisper = call_in_passing_thread(load)
     except TypeError as error:
         raise OptionError(
             f"model_kwargs: ctranslate2.models.Whisper does not take {model_kwargs}"

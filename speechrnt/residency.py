@@ -16,6 +16,7 @@ from numbers import Real
 from typing import Any
 
 from .errors import ModelError, OptionError
+from .passing_thread import call_in_passing_thread
 
 __all__ = ["Residency"]
 
@@ -136,7 +137,7 @@ class Residency:
             raise OptionError("to_cpu: the model runs on the CPU; unloading frees its memory there")
 
     def _load(self) -> None:
-        self._whisper.load_model()
+        call_in_passing_thread(self._whisper.load_model)
         if not self._whisper.model_is_loaded:
             raise ModelError(f"{self._name}: CTranslate2 did not load the model again")
         self._is_loaded = True
