@@ -7,6 +7,7 @@ long whatever the audio; `OwnMaximumWindows` are as long and need nothing but th
 
 from __future__ import annotations
 
+import functools
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _mel
+from . import _filter_bank, _mel
 from .audio import SAMPLE_RATE
 from .mel_frames import MelFrames
 
@@ -45,6 +46,9 @@ _CUT_SEARCH_FRAMES = 3 * FRAMES_PER_SECOND
 _CUT_SMOOTHING_FRAMES = 15
 
 _LOG10_SILENCE = np.float32(-10.0)
+
+# Frames whose mel powers need not come from BLAS: products of fewer are summed in other ways.
+_OWN_PRODUCT = range(32, WINDOW_FRAMES + 2)
 
 
 class FeatureExtractor:
@@ -83,6 +87,7 @@ class FeatureExtractor:
     def __init__(self, feature_size: int = 80) -> None:
         self.feature_size = feature_size
         self.mel_filters = _mel.mel_filters(feature_size)
+        self._own_product = _OWN_PRODUCT if _blas_sums_in_order(feature_size) else range(0)
 
     def __call__(self, waveform: ArrayLike) -> NDArray[np.float32]:
         """Return the normalised log-mel spectrogram of a whole signal.
@@ -123,13 +128,32 @@ class FeatureExtractor:
 
     def log_mel(self, power: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the normalised log-mel spectrogram of a power spectrum, the second half."""
-        # In one product, as the order in which BLAS sums depends on the size of the matrices.
-        log_mel = self.mel_filters @ power.T
+        log_mel = self._mel_power(power)
         np.log10(np.maximum(log_mel, 1e-10, out=log_mel), out=log_mel)
         np.maximum(log_mel, log_mel.max() - np.float32(8), out=log_mel)
         log_mel += np.float32(4)
         log_mel /= np.float32(4)
         return log_mel
+
+    def _mel_power(self, power: NDArray[np.float32]) -> NDArray[np.float32]:
+        if len(power) in self._own_product and np.isfinite(power).all():
+            return _filter_bank.filter_power(self.mel_filters, power)
+        # In one product, as the order in which BLAS sums depends on the size of the matrices.
+        return self.mel_filters @ power.T
+
+
+@functools.cache
+def _blas_sums_in_order(n_mels: int) -> bool:
+    """Whether NumPy's matrix product gives the bits of `_filter_bank.filter_power` here."""
+    if not _filter_bank.is_available():
+        return False
+    filters = _mel.mel_filters(n_mels)
+    rng = np.random.default_rng(0)
+    return all(
+        np.array_equal(filters @ power.T, _filter_bank.filter_power(filters, power))
+        for n_frames in (_OWN_PRODUCT.start, 101, 1007, _OWN_PRODUCT.stop - 1)
+        for power in [rng.random((n_frames, N_FFT // 2 + 1), dtype=np.float32)]
+    )
 
 
 def _mirrored(samples: NDArray[np.float32], first: int, past: int) -> NDArray[np.float32]:

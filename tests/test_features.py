@@ -49,6 +49,14 @@ class TestFeatureExtractor:
         expected = PeerExtractor(feature_size=n_mels)(audio)
         np.testing.assert_array_equal(FeatureExtractor(n_mels)(audio), expected)
 
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    @pytest.mark.parametrize("samples", [RATE, 40 * RATE])
+    def test_equal_where_powers_overflow(self, samples):
+        audio = noise(samples, level=1e20)
+        expected = PeerExtractor()(audio)
+        assert not np.isfinite(expected).all()
+        np.testing.assert_array_equal(FeatureExtractor()(audio), expected)
+
     @pytest.mark.skipif(platform.machine() != "x86_64", reason="names a kernel for x86-64")
     @pytest.mark.parametrize("kernel", ["Haswell", "Nehalem"])
     def test_equal_with_other_kernels_of_blas(self, kernel):
