@@ -522,7 +522,7 @@ def load_model(
             files=in_memory,
             **model_kwargs,
         )
-        whisper = call_in_passing_thread(load)
+        whisper = call_in_passing_thread(load) if device == "cpu" else load()
     except TypeError as error:
         raise OptionError(
             f"model_kwargs: ctranslate2.models.Whisper does not take {model_kwargs}"

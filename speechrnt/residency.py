@@ -137,7 +137,10 @@ class Residency:
             raise OptionError("to_cpu: the model runs on the CPU; unloading frees its memory there")
 
     def _load(self) -> None:
-        call_in_passing_thread(self._whisper.load_model)
+        if self._whisper.device == "cpu":
+            call_in_passing_thread(self._whisper.load_model)
+        else:
+            self._whisper.load_model()
         if not self._whisper.model_is_loaded:
             raise ModelError(f"{self._name}: CTranslate2 did not load the model again")
         self._is_loaded = True
