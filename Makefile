@@ -51,6 +51,7 @@ lint: $(VENV)/.test ## check style, types and stubs
 bench: $(VENV)/.bench ## run the benchmarks
 	$(BIN)/python perf/bench_mel.py
 	$(BIN)/python perf/bench_inference_memory.py
+	$(BIN)/python perf/bench_threads.py --rounds 1
 	$(BIN)/python perf/bench_pools.py
 	$(BIN)/python perf/bench_sched.py
 	$(BIN)/python perf/bench_gpu.py
