@@ -7,12 +7,16 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from .errors import OptionError
+
 __all__ = ["Histogram", "HistogramSnapshot", "StageTimings"]
 
-# Four buckets an octave, from a microsecond to over an hour.
+# Four buckets an octave, from a microsecond to over an hour, and one for what is longer.
 _PER_OCTAVE = 4
 _LEAST_S = 1e-6
-_N_BUCKETS = 32 * _PER_OCTAVE
+_OVERFLOW = 32 * _PER_OCTAVE
+_LIMITS_S = [_LEAST_S * 2 ** (bucket / _PER_OCTAVE) for bucket in range(_OVERFLOW)] + [math.inf]
+_MOST_S = _LIMITS_S[_OVERFLOW - 1]
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,10 @@ class HistogramSnapshot:
     count, sum_s
         How many, and all of them together.
     p50_s, p90_s, p99_s
-        Percentiles, at most a fifth too high; 0 if there are none.
+        Percentiles, at most a fifth too high; infinite beyond 3611 s, and 0 if there are none.
     buckets
-        Upper limit in seconds of each bucket that is not empty, and how many times it counts.
+        Upper limit in seconds of each bucket that is not empty, and how many times it counts. The
+        limit of times beyond 3611 s is infinite.
     """
 
     count: int
@@ -80,14 +85,26 @@ class Histogram:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = [0] * _N_BUCKETS
+        self._counts = [0] * len(_LIMITS_S)
         self._sum_s = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one time."""
-        bucket = 0
-        if seconds > _LEAST_S:
-            bucket = min(math.ceil(math.log2(seconds / _LEAST_S) * _PER_OCTAVE), _N_BUCKETS - 1)
+        """Count one time; an infinite one makes the sum infinite, too.
+
+        Raises
+        ------
+        OptionError
+            If it is not a number.
+        """
+        if seconds > _MOST_S:
+            bucket = _OVERFLOW
+        elif seconds > _LEAST_S:
+            # What is just below the longest limit may round up.
+            bucket = min(math.ceil(math.log2(seconds / _LEAST_S) * _PER_OCTAVE), _OVERFLOW - 1)
+        elif seconds <= _LEAST_S:
+            bucket = 0
+        else:
+            raise OptionError(f"seconds: must be a number, not {seconds}")
         with self._lock:
             self._counts[bucket] += 1
             self._sum_s += seconds
@@ -103,13 +120,9 @@ class Histogram:
             for bucket, count in enumerate(counts):
                 seen += count
                 if count and seen >= share * total:
-                    limit = _limit_s(bucket)
+                    limit = _LIMITS_S[bucket]
                     break
             percentiles.append(limit)
-        buckets = {_limit_s(index): count for index, count in enumerate(counts) if count}
+        buckets = {_LIMITS_S[index]: count for index, count in enumerate(counts) if count}
         p50_s, p90_s, p99_s = percentiles
         return HistogramSnapshot(total, sum_s, p50_s, p90_s, p99_s, buckets)
-
-
-def _limit_s(bucket: int) -> float:
-    return float(_LEAST_S * 2 ** (bucket / _PER_OCTAVE))

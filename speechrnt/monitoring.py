@@ -350,7 +350,9 @@ def _inference(memory: InferenceMemory) -> str:
 
 def _milliseconds(seconds: float) -> str:
     value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"  # which would be 1.2e+03
+    if math.isinf(value):
+        return "over an hour"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"  # which would be 1.2e+03
 
 
 def _times(times: HistogramSnapshot) -> str:
@@ -358,7 +360,7 @@ def _times(times: HistogramSnapshot) -> str:
         return "-"
     percentiles = (times.p50_s, times.p90_s, times.p99_s)
     shown = ", ".join(
-        f"p{share} {_milliseconds(seconds)} ms"
+        f"p{share} {_milliseconds(seconds)}"
         for share, seconds in zip((50, 90, 99), percentiles, strict=True)
     )
     return f"{shown} of {times.count}"
