@@ -548,9 +548,13 @@ class PerformanceOptimizedSTT:
             The caller is a callback of a future, whose thread the decoding may need.
         """
         self._check_process()
-        if probe_s is not None and self._is_needed_thread():
-            raise RuntimeError("a callback cannot wait for a decoding, which may need its thread")
         bound_s = _checked_seconds("latency_bound_s", latency_bound_s)
+        if probe_s is not None:
+            probe_s = _checked_seconds("probe_s", probe_s)
+            if self._is_needed_thread():
+                raise RuntimeError(
+                    "a callback cannot wait for a decoding, which may need its thread"
+                )
         oldest_wait_s, longest_call_s = self._dispatcher.delays()
         inference = inference_memory.statistics()
         memory = {
@@ -576,7 +580,7 @@ class PerformanceOptimizedSTT:
             stalled_workers = scheduler.stalled
         probe = None
         if probe_s is not None and not self._is_closed:
-            probe = self._probe(_checked_seconds("probe_s", probe_s))
+            probe = self._probe(probe_s)
         facts = HealthFacts(
             memory_use=memory,
             queue_use=queues,
@@ -758,9 +762,17 @@ _OPTIONS = frozenset(field.name for field in fields(UtteranceOptions)) - {"langu
 
 
 def _checked_seconds(name: str, value: object) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < float("inf"):
+    most = threading.TIMEOUT_MAX  # beyond which nothing can be waited for
+    if (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and value <= most  # as it is: an integer may be too large for a float
+        and not value <= 0
+    ):
         return float(value)
-    raise OptionError(f"{name}: must be a positive number of seconds, not {value!r}")
+    raise OptionError(
+        f"{name}: must be a positive number of seconds, at most {most:.0f}, not {value!r}"
+    )
 
 
 class OptimizedSTTFactory:

@@ -1,11 +1,13 @@
 import json
 import math
+import pickle
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import numpy as np
 import pytest
-from engine_helpers import held
+from engine_helpers import assert_at_rest, held
 from waiting import eventually
 
 from speechrnt import (
@@ -18,8 +20,7 @@ from speechrnt import (
 )
 from speechrnt._gpu_types import GpuMemoryHealth
 from speechrnt.latency import Histogram
-from speechrnt.monitoring import HealthFacts, judge, report
-from speechrnt.prometheus import _buckets
+from speechrnt.monitoring import HealthFacts, as_json, judge, report
 
 WELL = HealthFacts(
     memory_use={"memory of the process": 0.5},
@@ -165,10 +166,27 @@ class TestHealth:
         with pytest.raises(ModelError, match="closed"):
             stt.transcribe_async(np.zeros(16_000))
 
-    @pytest.mark.parametrize("bad", [0, -1, float("nan"), "soon", None, True])
+    @pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf, "soon", None, True])
     def test_bad_bounds(self, stt, bad):
         with pytest.raises(OptionError, match="latency_bound_s: must be a positive number"):
             stt.health(latency_bound_s=bad)
+        if bad is not None:
+            with pytest.raises(OptionError, match="probe_s: must be a positive number"):
+                stt.health(probe_s=bad)
+
+    @pytest.mark.parametrize("asynchronous", [True, False])
+    def test_bad_bounds_of_a_closed_engine(self, asynchronous):
+        stt = PerformanceOptimizedSTT(OptimizationConfig(enable_async_processing=asynchronous))
+        stt.close()
+        with pytest.raises(OptionError, match="probe_s: must be a positive number"):
+            stt.health(probe_s=-1)
+        assert stt.health(probe_s=1).problems == ("The engine is closed.",)
+
+    def test_a_probe_may_take_as_long_as_can_be_waited_for(self, stt):
+        assert stt.health(probe_s=threading.TIMEOUT_MAX).ok
+        for bad in (1e300, 10**400, -(10**400)):
+            with pytest.raises(OptionError, match=r"probe_s: must be .* at most"):
+                stt.health(probe_s=bad)
 
 
 class TestStatistics:
@@ -203,6 +221,7 @@ class TestStatistics:
         assert sum(s.scheduler.executed.values()) >= 6
 
     def test_json_and_text_show_the_same(self, stt):
+        stt.transcribe_async(np.zeros(16_000), "en", vad=False).result()
         values = json.loads(stt.get_performance_report("json"))
         assert values["requests"]["accepted"] == stt.statistics().requests["accepted"]
         assert set(values["dispatcher"]["queued"]) == {each.name.lower() for each in Priority}
@@ -223,48 +242,31 @@ class TestStatistics:
         text = report(replace(statistics, stages={**statistics.stages, "total": slow.snapshot()}))
         assert "p50 14108 ms" in text
 
-    def test_prometheus_reads_them(self, stt):
-        from prometheus_client import CollectorRegistry, generate_latest
-        from prometheus_client.parser import text_string_to_metric_families
+    def test_times_of_over_an_hour_say_so(self, stt):
+        slow = Histogram()
+        for seconds in (1.0, 3700.0):
+            slow.add(seconds)
+        now = stt.statistics()
+        now = replace(now, stages={**now.stages, "total": slow.snapshot()})
+        assert "p50 1049 ms, p90 over an hour, p99 over an hour of 2" in report(now)
+        values = json.loads(as_json(now))["stages"]["total"]
+        assert (values["p99_s"], values["buckets"]["inf"]) == (None, 1)
 
-        from speechrnt.prometheus import EngineCollector
-
-        noise = np.random.default_rng(0).uniform(-0.1, 0.1, 16_000)
-        stt.transcribe_async(noise, "en", vad=False).result()
-        registry = CollectorRegistry()
-        registry.register(EngineCollector(stt))
-        text = generate_latest(registry).decode()
-        values = {
-            (sample.name, *sample.labels.values()): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-        s = stt.statistics()
-        assert values["speechrnt_requests_total", "completed"] == s.requests["completed"] > 0
-        assert values["speechrnt_stage_seconds_count", "total"] == s.stages["total"].count
-        windows = s.utterances.stages["decode"].count
-        assert values["speechrnt_window_seconds_count", "decode"] == windows > 0
-        assert values["speechrnt_audio_seconds_total", "out", "request"] == s.audio_out_s > 0
-        assert values["speechrnt_audio_seconds_total", "in", "stream"] == 0
-        assert values["speechrnt_sheds_total", "requests"] == s.sheds["requests"]
-        assert values["speechrnt_batch_room_total",] == s.dispatcher.batch_room > 0
-        limits = [
-            (float(sample.labels["le"]), sample.value)
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == "speechrnt_stage_seconds_bucket" and sample.labels["stage"] == "total"
-        ]
-        assert limits[-1] == (math.inf, s.stages["total"].count)
-        assert len(limits) > 10
-        for limit, count in limits:
-            exact = sum(n for upper, n in s.stages["total"].buckets.items() if upper <= limit)
-            assert count == exact
-
-    def test_a_bucket_holds_all_times_up_to_its_limit(self):
-        histogram = Histogram()
-        limits = dict(_buckets(histogram.snapshot()))
-        for limit in limits:
-            if limit != "+Inf":
-                histogram.add(float(limit))
-        counts = [count for _, count in _buckets(histogram.snapshot())]
-        assert counts == [*range(1, len(limits)), len(limits) - 1]
+    def test_a_snapshot_is_the_callers_own(self, stt):
+        stt.transcribe_async(np.zeros(16_000), "en", vad=False).result()
+        assert_at_rest(stt)
+        s, before = stt.statistics(), stt.statistics()
+        with pytest.raises(FrozenInstanceError):
+            s.live = 7
+        # Its mappings are dicts, with which it can be copied, sent and shown; only of itself.
+        assert pickle.loads(pickle.dumps(s)) == s
+        assert json.dumps(asdict(s)["requests"]) == json.dumps(s.requests)
+        mappings = [s.requests, s.errors, s.stages, s.streams.counts, s.streams.errors]
+        mappings += [s.utterances.stages, s.dispatcher.queued, s.dispatcher.batch_sizes]
+        mappings += [s.scheduler.executed, s.scheduler.queued, s.scheduler.wait]
+        for mapping in (*mappings, s.stages["total"].buckets):
+            mapping.clear()
+        after = stt.statistics()
+        for part in ("requests", "errors", "stages", "streams", "utterances", "dispatcher"):
+            assert getattr(after, part) == getattr(before, part)
+        assert after.scheduler.wait.keys() == before.scheduler.wait.keys() == {*Priority}
