@@ -33,7 +33,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from process_memory import peak_bytes
 
 PEERS = ("faster-whisper", "speechrnt")
 ROOT = Path(__file__).parent.parent
@@ -113,13 +113,6 @@ def load(peer, directory, compute_type, threads):
     return WhisperModel(directory, **options), {"audio_context": "full"}
 
 
-def peak_memory():
-    """Return the most memory this process had resident, in MiB."""
-    # Not `getrusage`, which counts what the parent had before this program began.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
-
-
 def timed(function):
     began = time.perf_counter()
     result = function()
@@ -158,7 +151,7 @@ def measure(peer, task, weights, directory, compute_type, threads, files):
         seconds, said = timed(lambda: next(model.transcribe(path, **options)[0]).tokens)
     else:
         seconds, said = timed(lambda: whole(str(files / WHOLE[task])))
-    peak = peak_memory()
+    peak = peak_bytes() / 2**20
     said = json.dumps([list(map(int, tokens)) for tokens in flattened(said)])
     digest = hashlib.sha256(said.encode()).hexdigest()[:12]
     print(json.dumps([seconds, peak, digest, said.count(",") + 1]))

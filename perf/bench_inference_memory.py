@@ -6,7 +6,7 @@ Encodes 30 s windows of noise with models of the real shapes, random weights, in
 measurement is a process of its own, and with and without take turns, round by round, so that a busy
 machine disturbs both alike. A process encodes twice to settle, then three times. The table shows
 medians over the rounds, and of the rounds' ratios; CPU time is that of all threads, in user and
-system mode, and suffers less from neighbours.
+system mode, and suffers less from neighbours. Peak memory is the most that a process had resident.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from process_memory import peak_bytes
 from random_whisper import SHAPES, write_model
 
 MODES = ("off", "pool")
@@ -45,7 +46,7 @@ def run_peer(directory, batch, threads):
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         samples.append((wall_s, cpu_s, after.ru_minflt - before.ru_minflt))
     wall, cpu, faults = map(statistics.median, zip(*samples[WARM_UPS:], strict=True))
-    print(json.dumps({"wall": wall, "cpu": cpu, "faults": faults, "peak": after.ru_maxrss << 10}))
+    print(json.dumps({"wall": wall, "cpu": cpu, "faults": faults, "peak": peak_bytes()}))
 
 
 def measure(mode, directory, batch, threads):
