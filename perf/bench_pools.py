@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pyperf
+from process_memory import resident_bytes
 
 from speechrnt.pools import AudioBufferPool, ObjectPool, PoolLimits, TranscriptionResultPool
 
@@ -82,18 +83,29 @@ def bursts(take):
     return {"p90": float(np.percentile(seconds, 90)), "faults": faults / len(seconds)}
 
 
-def streams(take, maintain, threads):
-    """Up to 64 streams over 10 simulated minutes: 30 s of audio each, and work.
+def each_second(take, maintain, threads, length):
+    """Yield the bytes that ten simulated minutes of streams hold, and those in use, each second.
 
-    A stream lasts 5 to 40 s. In each of them, one of the threads takes another buffer of some
-    length for it, writes to it, and lets it go.
+    What they hold is of the process, not of an allocator: holes between live buffers, what is kept
+    for later, and what sizes are rounded up by. Every other minute there are 64 streams, else 8,
+    each of 5 to 40 s with a buffer of its own; in each second, one of the threads takes another
+    buffer for a moment for each stream, for the features of a window of some length.
+
+    Parameters
+    ----------
+    take, maintain
+        Takes a buffer of so many samples; is told the time each second.
+    threads
+        That take buffers.
+    length
+        Samples of a stream's buffer, by the chance that all is drawn from.
     """
     chance = random.Random(0)
 
-    def begin(lasts):
-        array, lease = take(THIRTY_SECONDS)
+    def begin(ends, n_samples):
+        array, lease = take(n_samples)
         array.fill(1)
-        return lasts, array, lease
+        return ends, array, lease
 
     def work(n_samples):
         array, lease = take(n_samples)
@@ -105,22 +117,22 @@ def streams(take, maintain, threads):
         list(executor.map(lambda _: wait_for_all(), range(threads)))
         base = resident_bytes()
         live = []
-        resident = []
         for second in range(600):
             live = [stream for stream in live if stream[0] > second]
             wanted = 64 if second % 120 < 60 else 8
             ends = [second + chance.randint(5, 40) for _ in range(len(live), wanted)]
-            live += executor.map(begin, ends)
+            lengths = [length(chance) for _ in ends]
+            live += executor.map(begin, ends, lengths)
             lengths = [chance.randint(16_000, THIRTY_SECONDS) for _ in live]
             list(executor.map(work, lengths))
             maintain(float(second))
-            resident.append(resident_bytes() - base)
-    return {"peak": max(resident), "mean": statistics.mean(resident)}
+            yield resident_bytes() - base, sum(array.nbytes for _, array, _ in live)
 
 
-def resident_bytes():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
+def streams(take, maintain, threads):
+    """Return the bytes that streams with 30 s of audio each hold, at the peak and on average."""
+    held = [held for held, _ in each_second(take, maintain, threads, lambda _: THIRTY_SECONDS)]
+    return {"peak": max(held), "mean": statistics.mean(held)}
 
 
 def with_pool(measure, *arguments, **limits):

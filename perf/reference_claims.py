@@ -11,10 +11,10 @@ row take turns; the table shows the medians over the rounds, and the median of t
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import queue
-import random
 import re
 import statistics
 import subprocess
@@ -28,7 +28,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
-from bench_pools import THIRTY_SECONDS, bursts, resident_bytes, streams, with_numpy, with_pool
+from bench_pools import THIRTY_SECONDS, bursts, each_second, streams, with_numpy, with_pool
 from bench_sched import PriorityQueuePool, critical_wait, new_scheduler, throughput
 
 from speechrnt import Priority
@@ -57,52 +57,21 @@ def clean_up(take):
 
 
 def held_for_nothing(take, maintain, threads, shortest):
-    """Return the bytes that are held beyond what is in use, on average over ten simulated minutes.
-
-    Of the process, not of an allocator: holes between live buffers, what is kept for later, and
-    what sizes are rounded up by. Every other minute there are 64 streams, else 8, each of 5 to 40 s
-    with a buffer of its own; in each second, one of the threads takes another buffer for a moment
-    for each stream, for the features of a window of some length.
+    """Return the bytes that streams hold beyond what is in use, on average.
 
     Parameters
     ----------
-    take, maintain
-        Takes a buffer of so many samples; is told the time each second.
-    threads
-        That take buffers.
+    take, maintain, threads
+        See `each_second`.
     shortest
         Samples of the shortest buffer that a stream has; the longest is of 30 s.
     """
-    chance = random.Random(0)
 
-    def begin(ends, n_samples):
-        array, lease = take(n_samples)
-        array.fill(1)
-        return ends, array, lease
+    def length(chance):
+        return chance.randint(shortest, THIRTY_SECONDS)
 
-    def work(n_samples):
-        array, lease = take(n_samples)
-        array.fill(1)
-        del array, lease
-
-    with ThreadPoolExecutor(threads) as executor:
-        wait_for_all = threading.Barrier(threads).wait
-        list(executor.map(lambda _: wait_for_all(), range(threads)))
-        base = resident_bytes()
-        live = []
-        unused = []
-        for second in range(600):
-            live = [stream for stream in live if stream[0] > second]
-            n_new = max((64 if second % 120 < 60 else 8) - len(live), 0)
-            ends = [second + chance.randint(5, 40) for _ in range(n_new)]
-            lengths = [chance.randint(shortest, THIRTY_SECONDS) for _ in range(n_new)]
-            live += executor.map(begin, ends, lengths)
-            lengths = [chance.randint(16_000, THIRTY_SECONDS) for _ in live]
-            list(executor.map(work, lengths))
-            maintain(float(second))
-            in_use = sum(array.nbytes for _, array, _ in live)
-            unused.append(resident_bytes() - base - in_use)
-    return statistics.mean(unused)
+    seconds = each_second(take, maintain, threads, length)
+    return statistics.mean(held - in_use for held, in_use in seconds)
 
 
 def pooled(measure, *arguments):
@@ -412,11 +381,30 @@ def row(name, pairs):
     if pairs:
         theirs, ours = (statistics.median(side) * claim.scale for side in zip(*pairs, strict=True))
         figures = f"{rounded(theirs)} → {rounded(ours)} {claim.unit}".strip()
-        less = statistics.median(1 - own / other if other else 0.0 for other, own in pairs)
+        less = statistics.median(reduction(other, own) for other, own in pairs)
         is_met = less >= claim.met if claim.most is None else ours <= claim.most * claim.scale
-        change, met = f"{-less:+.0%}", "yes" if is_met else "no"
+        change, met = percent(-less), "yes" if is_met else "no"
     cells = [claim.title, claim.claim, claim.baseline, name, figures, change, met]
     return f"| {' | '.join(cells)} |"
+
+
+def reduction(theirs, ours):
+    """Return by how much less ours is, as a share of theirs; of nothing, nothing can be less."""
+    if theirs:
+        return 1 - ours / theirs
+    return -math.inf if ours else 0.0
+
+
+def percent(change):
+    """Return a relative change, with as many digits as tell it from the loss of everything."""
+    if math.isinf(change):
+        return "from 0"
+    digits = 0
+    while change > -1 and f"{change:.{digits}%}" == f"{-1:.{digits}%}":
+        digits += 1
+    text = f"{abs(change):.{digits}%}".removesuffix("%")
+    sign = "" if float(text) == 0 else "+" if change > 0 else "−"
+    return f"{sign}{text} %"
 
 
 def rounded(value):
@@ -426,9 +414,10 @@ def rounded(value):
 
 def machine(rounds):
     """Say where the figures come from."""
+    how = "one round" if rounds == 1 else f"medians of {rounds} rounds"
     return (
         f"{cpu_name()}, {usable_cores()} cores, Python {platform.python_version()}, "
-        f"NumPy {np.__version__}; medians of {rounds} rounds."
+        f"NumPy {np.__version__}; {how}."
     )
 
 

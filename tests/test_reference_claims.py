@@ -45,6 +45,7 @@ def test_the_readme_says_where_its_figures_come_from(claims, table):
     pattern = r".+, \d+ cores, Python [\d.]+, NumPy [\d.]+; medians of \d+ rounds\."
     assert re.fullmatch(pattern, table[-1])
     assert re.fullmatch(pattern, claims.machine(3))
+    assert claims.machine(1).endswith("; one round.")
 
 
 def test_met_is_what_the_figures_say(claims, table):
@@ -59,7 +60,7 @@ def test_met_is_what_the_figures_say(claims, table):
             continue
         theirs, ours = map(float, re.findall(r"[\d.]+", figures)[:2])
         assert figures.startswith(f"{claims.rounded(theirs)} → {claims.rounded(ours)}")
-        reduction = -float(change.removesuffix("%")) / 100
+        reduction = -float(change.replace("−", "-").removesuffix("%")) / 100
         # Of medians and of rounds: near each other.
         assert reduction == pytest.approx(1 - ours / theirs, abs=0.15)
         if claim.most is not None:
@@ -71,12 +72,37 @@ def test_met_is_what_the_figures_say(claims, table):
 def test_a_row(claims):
     assert claims.row("allocation", [(2e-6, 1e-6), (4e-6, 1e-6), (4e-6, 3e-6)]) == (
         "| audio buffer of 30 s, take and write | −50 to −80 % | `np.empty` | allocation "
-        "| 4 → 1 µs | -50% | yes |"
+        "| 4 → 1 µs | −50 % | yes |"
     )
     # Of the GPU's utilisation the document says how much it is, not by how much it is better.
-    assert claims.row("gpu-utilisation", [(0.7, 0.3)]).endswith("| 70 → 30 % | -57% | no |")
-    assert claims.row("gpu-utilisation", [(0.2, 0.19)]).endswith("| 20 → 19 % | -5% | yes |")
+    assert claims.row("gpu-utilisation", [(0.7, 0.3)]).endswith("| 70 → 30 % | −57 % | no |")
+    assert claims.row("gpu-utilisation", [(0.2, 0.19)]).endswith("| 20 → 19 % | −5 % | yes |")
     assert claims.row("gpu-allocation", []).endswith("| gpu-allocation | needs a GPU |  |  |")
+
+
+def test_more_of_what_was_nothing_is_no_gain(claims):
+    # The claim gives no figure, so that no change would meet it.
+    assert claims.row("spread", [(0.0, 0.0)]).endswith("| 0 → 0 % | 0 % | yes |")
+    assert claims.row("spread", [(0.0, 0.1)]).endswith("| 0 → 10 % | from 0 | no |")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (-1.0, "−100 %"),
+        (-0.996, "−99.6 %"),
+        (-0.99967, "−99.97 %"),
+        (-0.9998, "−99.98 %"),
+        (-0.994, "−99 %"),
+        (-0.001, "0 %"),
+        (-0.0, "0 %"),
+        (0.34, "+34 %"),
+        (1.0, "+100 %"),
+        (12.5, "+1250 %"),
+    ],
+)
+def test_changes_are_all_of_it_only_where_nothing_is_left(claims, change, text):
+    assert claims.percent(change) == text
 
 
 def test_no_rounds_are_refused(claims, monkeypatch, capsys):
