@@ -180,6 +180,7 @@ class PerformanceOptimizedSTT:
         self._audio_in_s = self._audio_out_s = 0.0
         self._errors: Counter[str] = Counter()
         self._is_closed = False
+        self._is_cancelled = False  # when it was closed
         self._has_ended = False  # after that, with all its threads
 
         self._stages = {stage: Histogram() for stage in STAGES}
@@ -332,7 +333,10 @@ class PerformanceOptimizedSTT:
         with self._changed:
             self._live.add(request)
             self._counts["accepted"] += 1
+            is_cancelled = self._is_cancelled
         request.read()
+        if is_cancelled:  # by who closes the engine, and did not see this request yet
+            request.future.cancel()
         return request.future
 
     async def transcribe(
@@ -657,6 +661,7 @@ class PerformanceOptimizedSTT:
             raise RuntimeError("a callback cannot close the engine, which waits for it to end")
         with self._changed:
             self._is_closed = True
+            self._is_cancelled |= cancel
             live = list(self._live)
         if cancel:
             for request in live:

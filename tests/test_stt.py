@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from concurrent.futures import CancelledError, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from speechrnt import (
     SpeechRNTError,
 )
 from speechrnt.latency import STAGES
+from speechrnt.oneshot import Request
 
 SAID = "Two five one."  # in the second recording
 
@@ -158,6 +159,21 @@ def test_closing_with_cancel_cancels_what_is_under_way(clips, monkeypatch):
     assert not thread.is_alive()
     assert stt.statistics().requests["cancelled"] == 12
     assert stt.statistics().audio_buffers.in_use == 0
+
+
+def test_closing_with_cancel_cancels_a_request_that_is_being_made(clips, monkeypatch):
+    stt = new_engine()
+    with ThreadPoolExecutor(2) as threads, held(monkeypatch):
+        with held(monkeypatch, "__init__", owner=Request) as being_made:
+            asking = threads.submit(stt.transcribe_async, clips[1], "en")
+            assert being_made.reached.wait(60)
+            closing = threads.submit(stt.close, cancel=True)
+            eventually(lambda: stt.health().facts.closed)
+        with pytest.raises(CancelledError):
+            asking.result(60).result(60)
+    closing.result(60)
+    assert_at_rest(stt)
+    assert stt.statistics().requests["cancelled"] == 1
 
 
 def test_several_threads_may_close(clips):
