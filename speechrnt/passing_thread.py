@@ -26,28 +26,50 @@ T = TypeVar("T")
 def call_in_passing_thread(function: Callable[[], T]) -> T:
     """Call a function in a new thread, or in this one if there can be none; return what it does.
 
-    An interrupt is raised at once while the call goes on; the interpreter's exit waits for it.
+    An interrupt meanwhile is raised when the call is over, as it would be had this thread called
+    CTranslate2 itself: nothing goes on behind the caller's back.
 
     Raises
     ------
     BaseException
-        What the function raises.
+        What the function raises, or what interrupted this thread meanwhile.
     """
     returned: list[T] = []
     raised: list[BaseException] = []
+    interrupts: list[BaseException] = []
+    begun = threading.Lock()
+    is_over = threading.Event()
 
     def call() -> None:
+        if not begun.acquire(blocking=False):
+            return
         try:
             returned.append(function())
         except BaseException as error:
             raised.append(error)
+        finally:
+            is_over.set()
 
     thread = threading.Thread(target=call, name="speechrnt-load", daemon=False)
     try:
         thread.start()
     except RuntimeError:  # no more threads, or the interpreter is exiting
         return function()
+    except BaseException as interrupt:
+        if begun.acquire(blocking=False):
+            raise
+        interrupts.append(interrupt)
+    # Not `join`: interrupted, those before Python 3.13 take a thread for ended that goes on.
+    while not is_over.is_set():
+        try:
+            is_over.wait()
+        except BaseException as interrupt:
+            interrupts.append(interrupt)
     thread.join()
+    if interrupts:
+        # More urgent than whatever came of the call.
+        raised[:] = interrupts[:1]
+        interrupts.clear()
     if raised:
         try:
             raise raised[0]

@@ -2,9 +2,11 @@
 
 import gc
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
 import pytest
@@ -44,6 +46,22 @@ def test_an_exception_is_freed_without_the_garbage_collector():
         assert freed() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal to a thread")
+def test_an_interrupt_is_raised_when_the_call_is_over():
+    over = []
+
+    def interrupted():
+        for _ in range(2):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.05)
+        over.append(threading.current_thread())
+
+    with pytest.raises(KeyboardInterrupt):
+        call_in_passing_thread(interrupted)
+    [thread] = over
+    assert not thread.is_alive()
 
 
 def test_without_another_thread_this_one_does_it(monkeypatch):
