@@ -6,6 +6,7 @@ faster-whisper 1.2.1 applies them.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,8 +184,11 @@ def parse_result(
     """Read CTranslate2's result of one window, decoded from a prompt of so many tokens."""
     tokens = result.sequences_ids[0]
     # The score is the sum of the log probabilities divided by length ** length_penalty, where the
-    # length does not count the end-of-text token though the sum does.
-    total = result.scores[0] * len(tokens) ** length_penalty
+    # length does not count the end-of-text token though the sum does. Of an empty transcript, a
+    # negative penalty leaves nothing: it is not trusted.
+    total = -math.inf
+    if tokens or length_penalty >= 0:
+        total = result.scores[0] * len(tokens) ** length_penalty
     text = tokenizer.decode(tokens).strip()
     return DecodingResult(
         tokens=tokens,

@@ -99,6 +99,9 @@ class TestParseResult:
         result = self.parse(tokenizer, [], -0.5)
         assert (result.text, result.avg_logprob, result.compression_ratio) == ("", 0.0, 0.0)
 
+    def test_an_empty_transcript_with_a_negative_penalty_is_not_trusted(self, tokenizer):
+        assert self.parse(tokenizer, [], -0.0, length_penalty=-1.0).avg_logprob == -np.inf
+
     @pytest.mark.parametrize(("prompt_length", "limit"), [(3, 224), (228, 221)])
     def test_cut_off_at_the_limit(self, tokenizer, prompt_length, limit):
         options = {"prompt_length": prompt_length}
