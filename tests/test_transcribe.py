@@ -154,6 +154,24 @@ class TestInterface:
         _, info = model.transcribe(clip, language="en")
         assert (info.language_probability, info.all_language_probs) == (1, None)
 
+    def test_messages_go_to_our_logger(self, model):
+        assert model.logger.name == "speechrnt"
+
+    def test_info_tells_what_ran_and_cannot_be_changed(self, model):
+        _, info = model.transcribe(SILENCE, language="en", vad_parameters={"threshold": 0.9})
+        assert info.vad_options is None
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            info.transcription_options.beam_size = 1
+
+    def test_a_negative_length_penalty_may_leave_nothing(self, model):
+        """Where the end of the text is all that is allowed."""
+        letters = list(range(model.hf_tokenizer.token_to_id("<|endoftext|>")))
+        options = {"suppress_tokens": letters, "suppress_blank": False, "length_penalty": -1}
+        segments, _ = model.transcribe(
+            SILENCE, language="en", temperature=0.0, without_timestamps=True, **options
+        )
+        assert list(segments) == []
+
 
 class TestAudio:
     def test_every_kind_gives_the_same_text(self, model, samples):
