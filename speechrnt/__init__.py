@@ -1,5 +1,6 @@
 """Low-latency speech-to-text: Whisper on CTranslate2 with a Cython core."""
 
+from . import openmp as openmp  # before anything imports CTranslate2
 from ._sched import Priority, Scheduler
 from ._version import __version__
 from .audio import Audio, decode_audio, load_audio

@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from . import cublas, inference_memory, mempool
+from . import cublas, inference_memory, mempool, openmp
 from .decoding import MAX_PROMPT_TOKENS
 from .errors import (
     GpuError,
@@ -45,7 +45,6 @@ from .hub import (
     download_model,
     fetch_tokenizer,
 )
-from .passing_thread import call_in_passing_thread
 from .residency import Residency
 from .sizing import ModelShape, fit, footprint, read_shape
 from .system import usable_memory
@@ -511,7 +510,7 @@ def load_model(
         if is_auto and shape is not None:
             compute_type = _fitting_compute_type(compute_type, shape, indices, num_workers)
     try:
-        load = partial(
+        construct = partial(
             ctranslate2.models.Whisper,
             place,
             device=device,
@@ -522,7 +521,7 @@ def load_model(
             files=in_memory,
             **model_kwargs,
         )
-        whisper = call_in_passing_thread(load) if device == "cpu" else load()
+        whisper = openmp.load(construct) if device == "cpu" else construct()
     except TypeError as error:
         raise OptionError(
             f"model_kwargs: ctranslate2.models.Whisper does not take {model_kwargs}"

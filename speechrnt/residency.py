@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
+from . import openmp
 from .errors import ModelError, OptionError
-from .passing_thread import call_in_passing_thread
 
 __all__ = ["Residency"]
 
@@ -137,13 +137,16 @@ class Residency:
             raise OptionError("to_cpu: the model runs on the CPU; unloading frees its memory there")
 
     def _load(self) -> None:
-        if self._whisper.device == "cpu":
-            call_in_passing_thread(self._whisper.load_model)
-        else:
-            self._whisper.load_model()
-        if not self._whisper.model_is_loaded:
+        try:
+            if self._whisper.device == "cpu":
+                openmp.load(self._whisper.load_model)
+            else:
+                self._whisper.load_model()
+        finally:
+            # Also when an interrupt has come meanwhile.
+            self._is_loaded = self._whisper.model_is_loaded
+        if not self._is_loaded:
             raise ModelError(f"{self._name}: CTranslate2 did not load the model again")
-        self._is_loaded = True
 
     def _unload(self, to_cpu: bool) -> None:
         deadline = time.monotonic() + _SETTLING_S

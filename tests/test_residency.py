@@ -172,3 +172,21 @@ def test_weights_that_stay_are_an_error(monkeypatch):
     with pytest.raises(ModelError, match="keeps the model"):
         residency.unload()
     assert residency.is_loaded
+
+
+def test_after_an_interrupted_load_the_weights_can_be_freed(model, monkeypatch):
+    residency, whisper = model._model.residency, model.model
+
+    def interrupted(load):
+        load()
+        raise KeyboardInterrupt
+
+    model.unload_model()
+    with monkeypatch.context() as patch:
+        patch.setattr("speechrnt.openmp.load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.load_model()
+    assert residency.is_loaded
+    assert whisper.model_is_loaded
+    model.unload_model()
+    assert not whisper.model_is_loaded
