@@ -1,10 +1,11 @@
-"""The segments of a transcription under way: an iterator that can be cancelled and watched."""
+"""The segments of a transcription under way: a generator that can be cancelled and watched."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError
+from types import TracebackType
 
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ class Progress:
         self._bar.close()
 
 
-class Segments(Iterator[Segment]):
+class Segments(Generator[Segment, None, None]):
     """The segments of one recording, decoded as they are asked for.
 
     Iterated by one thread at a time; `cancel` and the progress may be used from any. What a
@@ -71,7 +72,8 @@ class Segments(Iterator[Segment]):
         """Seconds that have been gone through."""
         return self._progress.seconds_done
 
-    def __next__(self) -> Segment:
+    def send(self, _value: None, /) -> Segment:
+        """Return the next segment, as `next` does; the value is of no use."""
         try:
             self._progress.check()
             segment = next(self._segments)
@@ -80,6 +82,17 @@ class Segments(Iterator[Segment]):
             self.close()
             raise
         return segment
+
+    def throw(
+        self,
+        kind: BaseException | type[BaseException],
+        value: object = None,
+        traceback: TracebackType | None = None,
+        /,
+    ) -> Segment:
+        """End the iteration, free what it holds, and raise an exception."""
+        self.close()
+        return super().throw(kind, value, traceback)  # type: ignore[arg-type]
 
     def cancel(self) -> None:
         """Let no further window be decoded.

@@ -1,7 +1,8 @@
-"""The iterator over segments: when it lets go of what it holds."""
+"""The generator of segments: when it lets go of what it holds."""
 
 import gc
 import threading
+from collections.abc import Generator
 from concurrent.futures import CancelledError
 
 import pytest
@@ -76,3 +77,23 @@ def test_when_decoding_fails():
     with pytest.raises(ValueError, match="bad"):
         list(iterator)
     assert released == [1]
+
+
+def test_it_is_a_generator_to_those_who_ask():
+    released = []
+    iterator = segments(released)
+    assert isinstance(iterator, Generator)
+    assert [iterator.send(None), iterator.send(None)] == ["a", "b"]
+    with pytest.raises(StopIteration):
+        iterator.send(None)
+    assert released == [1]
+
+
+@pytest.mark.parametrize("exception", [LookupError, LookupError("thrown")])
+def test_where_an_exception_is_thrown_into_it(exception):
+    released = []
+    iterator = segments(released)
+    next(iterator)
+    with pytest.raises(LookupError):
+        iterator.throw(exception)
+    assert (released, list(iterator)) == ([1], [])
