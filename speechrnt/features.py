@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,8 +48,8 @@ _CUT_SMOOTHING_FRAMES = 15
 
 _LOG10_SILENCE = np.float32(-10.0)
 
-# Frames whose mel powers need not come from BLAS: products of fewer are summed in other ways.
-_OWN_PRODUCT = range(32, WINDOW_FRAMES + 2)
+# BLAS sums products of fewer frames in other ways.
+_LEAST_FRAMES = 32
 
 
 class FeatureExtractor:
@@ -87,7 +88,7 @@ class FeatureExtractor:
     def __init__(self, feature_size: int = 80) -> None:
         self.feature_size = feature_size
         self.mel_filters = _mel.mel_filters(feature_size)
-        self._own_product = _OWN_PRODUCT if _blas_sums_in_order(feature_size) else range(0)
+        self._has_own_product = _blas_sums_in_order(feature_size)
 
     def __call__(self, waveform: ArrayLike) -> NDArray[np.float32]:
         """Return the normalised log-mel spectrogram of a whole signal.
@@ -101,45 +102,58 @@ class FeatureExtractor:
         -------
         (feature_size, n // hop_length + 1) ndarray of float32
         """
-        return self.log_mel(self.power_spectrum(waveform))
+        return self.log_mel(self.mel_power(waveform))
 
-    def power_spectrum(self, waveform: ArrayLike) -> NDArray[np.float32]:
-        """Return the power spectrum of a whole signal, the first half of the work.
+    def mel_power(self, waveform: ArrayLike) -> NDArray[np.float32]:
+        """Return the power of a whole signal in each mel band, the first half of the work.
 
         The signal is continued with a hop of silence, and mirrored at both ends of that.
 
         Returns
         -------
-        (n // hop_length + 1, n_fft // 2 + 1) ndarray of float32
+        (feature_size, n // hop_length + 1) ndarray of float32
         """
         samples = np.asarray(waveform, dtype=np.float32)
         n_frames = len(samples) // HOP_LENGTH + 1
-        window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
-        power = np.empty((n_frames, N_FFT // 2 + 1), dtype=np.float32)
-        # In blocks, as what lies between samples and power would take gigabytes for an hour.
-        for start in range(0, n_frames, WINDOW_FRAMES):
-            end = min(start + WINDOW_FRAMES, n_frames)
-            padded = _mirrored(samples, start, end)
-            frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH]
-            # NumPy before 2.0 transforms in double precision.
-            spectrum = np.fft.rfft(frames * window).astype(np.complex64, copy=False)
-            np.square(np.abs(spectrum), out=power[start:end])
-        return power
+        if self._has_own_product and n_frames >= _LEAST_FRAMES:
+            bands = np.empty((self.feature_size, n_frames), dtype=np.float32)
+            for start, power in _power_spectrum(samples, n_frames):
+                if not np.isfinite(power).all():
+                    break  # where BLAS makes zero times infinity of it
+                past = start + len(power)
+                bands[:, start:past] = _filter_bank.filter_power(self.mel_filters, power)
+            else:
+                return bands
+        # In one product, as the order in which BLAS sums depends on the size of the matrices.
+        whole = np.empty((n_frames, N_FFT // 2 + 1), dtype=np.float32)
+        for start, power in _power_spectrum(samples, n_frames):
+            whole[start : start + len(power)] = power
+        return self.mel_filters @ whole.T
 
-    def log_mel(self, power: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the normalised log-mel spectrogram of a power spectrum, the second half."""
-        log_mel = self._mel_power(power)
-        np.log10(np.maximum(log_mel, 1e-10, out=log_mel), out=log_mel)
+    def log_mel(self, mel_power: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the normalised log-mel spectrogram, the second half; the powers are used up."""
+        log_mel = np.maximum(mel_power, 1e-10, out=mel_power)
+        np.log10(log_mel, out=log_mel)
         np.maximum(log_mel, log_mel.max() - np.float32(8), out=log_mel)
         log_mel += np.float32(4)
         log_mel /= np.float32(4)
         return log_mel
 
-    def _mel_power(self, power: NDArray[np.float32]) -> NDArray[np.float32]:
-        if len(power) in self._own_product and np.isfinite(power).all():
-            return _filter_bank.filter_power(self.mel_filters, power)
-        # In one product, as the order in which BLAS sums depends on the size of the matrices.
-        return self.mel_filters @ power.T
+
+def _power_spectrum(
+    samples: NDArray[np.float32], n_frames: int
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the power spectrum of a signal in blocks of frames, and where they start.
+
+    All at once, what lies between samples and power would take gigabytes for an hour.
+    """
+    window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
+    for start in range(0, n_frames, WINDOW_FRAMES):
+        padded = _mirrored(samples, start, min(start + WINDOW_FRAMES, n_frames))
+        frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH]
+        # NumPy before 2.0 transforms in double precision.
+        spectrum = np.fft.rfft(frames * window).astype(np.complex64, copy=False)
+        yield start, np.square(np.abs(spectrum))
 
 
 @functools.cache
@@ -151,7 +165,7 @@ def _blas_sums_in_order(n_mels: int) -> bool:
     rng = np.random.default_rng(0)
     return all(
         np.array_equal(filters @ power.T, _filter_bank.filter_power(filters, power))
-        for n_frames in (_OWN_PRODUCT.start, 101, 1007, _OWN_PRODUCT.stop - 1)
+        for n_frames in (_LEAST_FRAMES, 101, 1007, WINDOW_FRAMES + 1)
         for power in [rng.random((n_frames, N_FFT // 2 + 1), dtype=np.float32)]
     )
 

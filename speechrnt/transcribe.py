@@ -379,10 +379,11 @@ class WhisperModel:
             )
             if windows is None:
                 assert isinstance(source, Audio)
-                power = self.feature_extractor.power_spectrum(source.samples)
+                mel_power = self.feature_extractor.mel_power(source.samples)
                 del source
-                windows = FullContextWindows(self.feature_extractor.log_mel(power), window_frames)
-                del power
+                features = self.feature_extractor.log_mel(mel_power)
+                windows = FullContextWindows(features, window_frames)
+                del mel_power, features
             else:
                 del source
             held.callback(windows.close)
