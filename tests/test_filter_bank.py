@@ -67,7 +67,7 @@ def test_other_arrays_are_refused(filters, power):
 @pytest.mark.parametrize("n_mels", [80, 128])
 def test_where_blas_sums_in_order_it_does_so_for_every_number_of_frames(n_mels):
     if not features._blas_sums_in_order(n_mels):
-        return  # and then the filter bank is not used: there is nothing to be equal to
+        pytest.skip("this BLAS sums in another order, and the filter bank is not used")
     filters = _mel.mel_filters(n_mels)
     least = features._LEAST_FRAMES
     for frames in (*range(least, least + 150), *range(200, 3001, 41), 3001, 7919, 60_001):
