@@ -107,17 +107,21 @@ class CallerDispatcher(Dispatcher):
         The condition is looked at after each batch, and after `wake`.
         """
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: is_over() or self._has_work)
-                if is_over():
-                    return
-                self._leaders += 1
+            leads = False
             try:
+                with self._changed:
+                    self._changed.wait_for(lambda: is_over() or self._has_work)
+                    if is_over():
+                        return
+                    # Nothing is called in between: an interrupt finds both or neither.
+                    self._leaders += 1
+                    leads = True
                 self._work_once()
             finally:
-                with self._changed:
-                    self._leaders -= 1
-                    self._changed.notify_all()
+                if leads:
+                    with self._changed:
+                        self._leaders -= 1
+                        self._changed.notify_all()
 
     def wake(self) -> None:
         """Have all who wait look at their conditions."""
