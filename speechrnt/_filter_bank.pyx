@@ -10,6 +10,8 @@ with AVX-512. Whether the BLAS at hand does is for the caller to find out.
 
 import numpy as np
 
+from speechrnt.errors import OptionError
+
 __all__ = ["filter_power", "is_available"]
 
 
@@ -58,12 +60,12 @@ def filter_power(const float[:, ::1] filters not None, const float[:, ::1] power
     ------
     ValueError
         If an array has another shape or type.
-    NotImplementedError
+    OptionError
         If it is not available.
     """
     cdef Py_ssize_t channels = filters.shape[0], bins = filters.shape[1], frames = power.shape[0]
     if not filter_bank_available():
-        raise NotImplementedError("this CPU has no fused multiply-add")
+        raise OptionError("filter_power needs a CPU with fused multiply-add; use a matrix product")
     if power.shape[1] != bins or bins > kMaxBins or channels > kMaxChannels:
         raise ValueError(
             f"at most {kMaxChannels} filters of at most {kMaxBins} bins, and as many bins of "
